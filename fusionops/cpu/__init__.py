@@ -1,0 +1,22 @@
+"""The CPU backend: kernels in Numba, fastest first, the total kernels last. Knows no other backend."""
+
+from __future__ import annotations
+
+from fusionops.cpu import direct, gemm, stream
+from fusionops.cpu.host import device, facts, reasons_unusable, warmup
+from fusionops.cpu.probe import copy_bandwidth, fma_peak
+from fusionops.cpu.threads import get_num_threads, set_num_threads
+
+KERNELS = (*gemm.KERNELS, *direct.KERNELS, *stream.KERNELS)
+
+__all__ = [
+    "KERNELS",
+    "copy_bandwidth",
+    "device",
+    "facts",
+    "fma_peak",
+    "get_num_threads",
+    "reasons_unusable",
+    "set_num_threads",
+    "warmup",
+]

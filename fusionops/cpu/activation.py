@@ -1,0 +1,120 @@
+"""Activations on vectors: the pointwise functions of the epilogue as IR. No memory access.
+
+float32 uses polynomials of its own; float64 asks the C library lane by lane. NaN goes through every one of them as NaN.
+Coefficients: least squares on Chebyshev nodes, reweighted towards the smallest relative error; the error of each fit
+stands beside it in units of 2⁻²⁴, before the rounding of its evaluation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from llvmlite import ir
+
+from fusionops.cpu.simd import Lanes
+from fusionops.spec import ACTIVATIONS, Activation
+
+CODES = {name: code for code, name in enumerate((None, *ACTIVATIONS))}
+
+EXP = (0.0013950486219892861, 0.008368887862961194, 0.041666205873330545, 0.16666518851553988, 0.5000000095165485)
+"""(eʳ − 1 − r) / r² for |r| ≤ ln(2)/2: 0.05."""
+TANH = (-0.005704990413033368, 0.020639090660598325, -0.05373971628060454, 0.13331442215052802, -0.3333328194278464)
+"""(tanh(x)/x − 1) / x² as a polynomial in x² for |x| ≤ 0.625: 0.07."""
+ERFC_SCALE = 0.3275911
+ERFC = (0.028165760887943814, -0.15760611766693036, 0.31136458860556504, -0.2768501218867185, 0.24795372716333,
+        -0.023666562091041267, 0.10242483574900803, 0.08294214285797084, 0.09288135663733586, 0.09239038751326872)  # fmt: skip
+"""exp(u²)·erfc(u) / (2t) as a polynomial in t = 1 / (1 + 0.3275911·u) for 0 ≤ u ≤ 10.2: 0.07."""
+
+LN2_HIGH, LN2_LOW = 0.693359375, -2.1219444005469057e-04  # their sum is ln 2; n·LN2_HIGH is exact for |n| < 2¹⁵
+
+
+def exp(v: Lanes, x: ir.Value) -> ir.Value:
+    """eˣ: n = round(x / ln 2), eˣ = 2ⁿ·e^(x − n·ln 2); 2ⁿ in two factors, so that subnormal results are right."""
+    if v.bits == 64:
+        return v.each_lane("exp", x)
+    b = v.b
+    x = b.select(v.below(x, v.constant(-104.0)), v.constant(-104.0), x)  # e⁻¹⁰⁴ rounds to 0, e⁸⁹ to infinity
+    x = b.select(v.below(v.constant(89.0), x), v.constant(89.0), x)
+    n = v.round(b.fmul(x, v.constant(1 / math.log(2))))
+    r = v.multiply_add(n, v.constant(-LN2_HIGH), x)
+    r = v.multiply_add(n, v.constant(-LN2_LOW), r)
+    mantissa = b.fadd(v.multiply_add(b.fmul(r, r), v.polynomial(r, EXP), r), v.constant(1.0))
+    is_number = b.fcmp_ordered("ord", n, n)  # converting NaN to an integer is undefined
+    power = b.fptosi(b.select(is_number, n, v.constant(0.0)), v.int)
+    half = b.ashr(power, v.integers(1))
+
+    def power_of_two(k: ir.Value) -> ir.Value:
+        return b.bitcast(b.shl(b.add(k, v.integers(127)), v.integers(23)), v.type)
+
+    return b.fmul(b.fmul(mantissa, power_of_two(half)), power_of_two(b.sub(power, half)))
+
+
+def sigmoid(v: Lanes, x: ir.Value) -> ir.Value:
+    """1 / (1 + e⁻ˣ)."""
+    one = v.constant(1.0)
+    return v.b.fdiv(one, v.b.fadd(one, exp(v, v.b.fneg(x))))
+
+
+def tanh(v: Lanes, x: ir.Value) -> ir.Value:
+    """A polynomial near 0, where 1 − 2/(e²ˣ + 1) would cancel."""
+    if v.bits == 64:
+        return v.each_lane("tanh", x)
+    b = v.b
+    size, square = v.absolute(x), b.fmul(x, x)
+    near = v.multiply_add(b.fmul(x, square), v.polynomial(square, TANH), x)
+    one = v.constant(1.0)
+    far = b.fsub(one, b.fdiv(v.constant(2.0), b.fadd(exp(v, b.fadd(size, size)), one)))
+    return b.select(v.below(size, v.constant(0.625)), near, v.copysign(far, x))
+
+
+def gelu(v: Lanes, x: ir.Value) -> ir.Value:
+    """x·Φ(x), Φ the normal distribution: Φ(−|x|) = erfc(|x|/√2)/2 keeps its relative accuracy, Φ(|x|) is its complement."""
+    b = v.b
+    if v.bits == 64:
+        u = b.fmul(x, v.constant(-math.sqrt(0.5)))
+        return b.fmul(x, b.fmul(v.constant(0.5), v.each_lane("erfc", u)))
+    u = b.fmul(v.absolute(x), v.constant(math.sqrt(0.5)))
+    u = b.select(v.below(v.constant(10.2), u), v.constant(10.2), u)
+    t = b.fdiv(v.constant(1.0), v.multiply_add(u, v.constant(ERFC_SCALE), v.constant(1.0)))
+    half_square = b.fmul(v.constant(-1.0), b.fmul(u, u))
+    tail = b.fmul(b.fmul(t, v.polynomial(t, ERFC)), exp(v, half_square))
+    phi = b.select(v.below(x, v.constant(0.0)), tail, b.fsub(v.constant(1.0), tail))
+    return b.fmul(x, phi)
+
+
+def clamp(v: Lanes, x: ir.Value, high: float) -> ir.Value:
+    """x limited to [0, high]; NaN stays."""
+    x = relu(v, x)
+    return v.b.select(v.below(v.constant(high), x), v.constant(high), x)
+
+
+def relu(v: Lanes, x: ir.Value) -> ir.Value:
+    return v.b.select(v.below(x, v.constant(0.0)), v.constant(0.0), x)
+
+
+def hardsigmoid(v: Lanes, x: ir.Value) -> ir.Value:
+    """relu6(x + 3) / 6."""
+    return v.b.fdiv(clamp(v, v.b.fadd(x, v.constant(3.0)), 6.0), v.constant(6.0))
+
+
+def code(activation: Activation | None) -> int:
+    """The number by which a params block names an activation."""
+    return CODES[activation.name if activation else None]
+
+
+def apply(name: str | None, v: Lanes, x: ir.Value, slope: ir.Value) -> ir.Value:
+    """The activation called `name`; `slope` is a vector that only leaky_relu reads."""
+    functions: dict[str | None, Callable[[], ir.Value]] = {
+        None: lambda: x,
+        "relu": lambda: relu(v, x),
+        "relu6": lambda: clamp(v, x, 6.0),
+        "leaky_relu": lambda: v.b.select(v.below(x, v.constant(0.0)), v.b.fmul(x, slope), x),
+        "sigmoid": lambda: sigmoid(v, x),
+        "tanh": lambda: tanh(v, x),
+        "silu": lambda: v.b.fmul(x, sigmoid(v, x)),
+        "hardswish": lambda: v.b.fmul(x, hardsigmoid(v, x)),
+        "hardsigmoid": lambda: hardsigmoid(v, x),
+        "gelu": lambda: gelu(v, x),
+    }
+    return functions[name]()

@@ -1,0 +1,181 @@
+"""The convolution task and its filter packing: one output tile from tile load to store. Compiled once per register tile.
+
+    y[n,p,q,k] = act( Σ_{r,s,c} merged[n, p·stride_h + r·dilation_h − pad_top, q·stride_w + s·dilation_w − pad_left, c]
+                      · w[r,s,c,k] + b[k] + residual[n,p,q,k] )
+
+A task owns TILE_P × TILE_Q pixels and TASK_BLOCKS filter blocks. For each chunk of channels it loads the merged tile once, then
+multiplies it with each filter block. Pixels whose valid taps coincide share register tiles, so taps in the padding are
+skipped, not multiplied by zero. Order of the sum: chunks of channels, in each the filter rows, columns, channels.
+"""
+
+from __future__ import annotations
+
+import functools
+
+from fusionops.cpu import params as at
+from fusionops.cpu.epilogue import finish_tile, scatter_tile
+from fusionops.cpu.jit import inline, task
+from fusionops.cpu.microkernel import gemm_tile
+from fusionops.cpu.prologue import load_tile
+from fusionops.cpu.simd import elements, words
+from fusionops.cpu.tiling import GROUP_WORDS
+
+
+@inline
+def first_tap(start, dilation):  # type: ignore[no-untyped-def]
+    """The first tap that lands at 0 or later when tap 0 lands at `start`."""
+    return 0 if start >= 0 else (dilation - 1 - start) // dilation
+
+
+@inline
+def end_tap(start, dilation, taps, extent):  # type: ignore[no-untyped-def]
+    """One past the last tap that lands before `extent`."""
+    if start >= extent:
+        return 0
+    return min(taps, (extent - 1 - start) // dilation + 1)
+
+
+@inline
+def run_end(position, last, origin, stride, dilation, taps, extent):  # type: ignore[no-untyped-def]
+    """One past the last output position, from `position` on, with the same valid taps."""
+    start = position * stride - origin
+    head, end = first_tap(start, dilation), end_tap(start, dilation, taps, extent)
+    position += 1
+    while position < last:
+        start = position * stride - origin
+        if first_tap(start, dilation) != head or end_tap(start, dilation, taps, extent) != end:
+            return position
+        position += 1
+    return position
+
+
+@inline
+def group_pixels(params, scratch, mr, n, p0, p1, q0, q1):  # type: ignore[no-untyped-def]
+    """Fills the tables of register tiles for one output tile and returns their number."""
+    p = words(params)
+    pixels, outs, residuals, groups = (
+        words(scratch + p[at.AT_PIXELS]), words(scratch + p[at.AT_OUT]), words(scratch + p[at.AT_RESIDUAL]),
+        words(scratch + p[at.AT_GROUPS]),
+    )  # fmt: skip
+    stride_h, stride_w, dilation_h, dilation_w = p[at.STRIDE_H], p[at.STRIDE_W], p[at.DILATION_H], p[at.DILATION_W]
+    count = 0
+    row = p0
+    while row < p1:
+        row_end = run_end(row, p1, p[at.PAD_TOP], stride_h, dilation_h, p[at.R], p[at.H])
+        start_h = row * stride_h - p[at.PAD_TOP]
+        r0, r1 = first_tap(start_h, dilation_h), end_tap(start_h, dilation_h, p[at.R], p[at.H])
+        col = q0
+        while col < q1:
+            col_end = run_end(col, q1, p[at.PAD_LEFT], stride_w, dilation_w, p[at.S], p[at.W])
+            start_w = col * stride_w - p[at.PAD_LEFT]
+            s0, s1 = first_tap(start_w, dilation_w), end_tap(start_w, dilation_w, p[at.S], p[at.W])
+            width = col_end - col
+            total = (row_end - row) * width
+            a, b = row, col
+            for first in range(0, total, mr):
+                used = min(mr, total - first)
+                group = count * GROUP_WORDS
+                groups[group], groups[group + 1], groups[group + 2], groups[group + 3] = r0, max(r0, r1), s0, max(s0, s1)
+                groups[group + 4] = used
+                for i in range(mr):
+                    slot = count * mr + i
+                    if i < used:
+                        pixels[slot] = (a - p0) * stride_h * p[at.COLS] + (b - q0) * stride_w
+                        outs[slot] = n * p[at.OUT_N] + a * p[at.OUT_P] + b * p[at.OUT_Q]
+                        residuals[slot] = (n * p[at.RESIDUAL_N] + a // p[at.RESIDUAL_UP_H] * p[at.RESIDUAL_P]
+                                           + b // p[at.RESIDUAL_UP_W] * p[at.RESIDUAL_Q])  # fmt: skip
+                        b += 1
+                        if b == col_end:
+                            a, b = a + 1, col
+                    else:
+                        pixels[slot] = pixels[slot - 1]  # a register tile is always full: the rest repeats its last pixel
+                count += 1
+            col = col_end
+        row = row_end
+    return count
+
+
+@functools.cache
+def conv_task(bits: int, mr: int, nv: int) -> int:
+    """Address of the task compiled for one register tile."""
+    width = nv * (512 // bits)
+    item = bits // 8
+
+    def conv(params, index, slot):  # type: ignore[no-untyped-def]
+        p = words(params)
+        scratch = p[at.SCRATCH] + slot * p[at.SCRATCH_BYTES]
+        parts = (p[at.BLOCKS] + p[at.TASK_BLOCKS] - 1) // p[at.TASK_BLOCKS]
+        part = index % parts
+        group = index // parts % p[at.GROUPS]
+        tile = index // parts // p[at.GROUPS]
+        q0 = tile % p[at.TILES_Q] * p[at.TILE_Q]
+        p0 = tile // p[at.TILES_Q] % p[at.TILES_P] * p[at.TILE_P]
+        n = tile // p[at.TILES_Q] // p[at.TILES_P]
+        p1, q1 = min(p[at.P], p0 + p[at.TILE_P]), min(p[at.Q], q0 + p[at.TILE_Q])
+        h0, w0 = p0 * p[at.STRIDE_H] - p[at.PAD_TOP], q0 * p[at.STRIDE_W] - p[at.PAD_LEFT]
+        count = group_pixels(params, scratch, mr, n, p0, p1, q0, q1)
+        pixels, groups = scratch + p[at.AT_PIXELS], words(scratch + p[at.AT_GROUPS])
+        outs, residuals, row = scratch + p[at.AT_OUT], scratch + p[at.AT_RESIDUAL], scratch + p[at.AT_ROW]
+        channels, filters = p[at.C] // p[at.GROUPS], p[at.K] // p[at.GROUPS]
+        dense_rows = p[at.DILATION_W] == 1
+        block0, block1 = part * p[at.TASK_BLOCKS], min(p[at.BLOCKS], (part + 1) * p[at.TASK_BLOCKS])
+        block_elements = p[at.R] * p[at.S] * channels * width
+        for c0 in range(0, channels, p[at.DEPTH]):
+            depth = min(p[at.DEPTH], channels - c0)
+            is_last = c0 + depth == channels
+            load_tile(bits, params, scratch, n, h0, w0, group * channels + c0, depth)
+            for block in range(block0, block1):
+                panel = p[at.FILTERS] + ((group * p[at.BLOCKS] + block) * block_elements + p[at.R] * p[at.S] * c0 * width) * item
+                k0, used = group * filters + block * width, min(width, filters - block * width)
+                for g in range(count):
+                    head = g * GROUP_WORDS
+                    r0, r1, s0, s1 = groups[head], groups[head + 1], groups[head + 2], groups[head + 3]
+                    a = scratch + (r0 * p[at.DILATION_H] * p[at.COLS] + s0 * p[at.DILATION_W]) * depth * item
+                    b = panel + (r0 * p[at.S] + s0) * depth * width * item
+                    sums = scratch + p[at.AT_SUMS] + ((block - block0) * count + g) * mr * width * item
+                    a_row, b_row = p[at.DILATION_H] * p[at.COLS] * depth, p[at.S] * depth
+                    inner, run = s1 - s0, depth
+                    if dense_rows:  # neighbouring taps are neighbours in the tile and in the panel: one longer run
+                        inner, run = 1, (s1 - s0) * depth
+                    gemm_tile(bits, mr, nv, a, pixels + g * mr * 8, depth, r1 - r0, a_row, b_row, inner,
+                              p[at.DILATION_W] * depth, depth, run, b, sums, c0)  # fmt: skip
+                    if is_last:
+                        finish_tile(bits, width, params, sums, outs + g * mr * 8, residuals + g * mr * 8, row, groups[head + 4], k0, used)
+                if is_last and p[at.OUT_K] != 1:
+                    for g in range(count):
+                        sums = scratch + p[at.AT_SUMS] + ((block - block0) * count + g) * mr * width * item
+                        scatter_tile(bits, width, params, sums, outs + g * mr * 8, groups[g * GROUP_WORDS + 4], k0, used)
+
+    return task(conv)
+
+
+@functools.cache
+def pack_task(bits: int) -> int:
+    """Address of the task that packs one filter block: [chunk of channels][r][s][channel][width], zero beyond the last filter.
+
+    Words: packed, filters, steps r s c k (elements), R, S, channels of a group, filters of a group, depth, width, blocks.
+    """
+    item = bits // 8
+
+    def pack(params, index, slot):  # type: ignore[no-untyped-def]
+        p = words(params)
+        step_r, step_s, step_c, step_k = p[2], p[3], p[4], p[5]
+        R, S, channels, filters, depth, width, blocks = p[6], p[7], p[8], p[9], p[10], p[11], p[12]
+        group, block = index // blocks, index % blocks
+        k0 = block * width
+        used = min(width, filters - k0)
+        source = elements(bits, p[1] + (group * filters + k0) * step_k * item)
+        to = elements(bits, p[0] + index * R * S * channels * width * item)
+        at_row = 0
+        for c0 in range(0, channels, depth):
+            for r in range(R):
+                for s in range(S):
+                    for c in range(c0, min(channels, c0 + depth)):
+                        here = r * step_r + s * step_s + c * step_c
+                        for k in range(used):
+                            to[at_row + k] = source[here + k * step_k]
+                        for k in range(used, width):
+                            to[at_row + k] = 0
+                        at_row += width
+
+    return task(pack)

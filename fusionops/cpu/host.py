@@ -1,0 +1,109 @@
+"""What is known of this machine and its compiler, gathered once; and filling the cache ahead of time."""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+from collections.abc import Callable
+from pathlib import Path
+
+import llvmlite.binding
+import numba
+
+from fusionops.cpu import conv, jit, streaming, threads
+from fusionops.cpu.tiling import register_tiles
+from fusionops.device import KIB, MIB, CpuDevice
+
+# Where the operating system does not tell: what every server core of the last ten years has at least.
+DEFAULT_CACHES = (32 * KIB, 512 * KIB, 8 * MIB)
+
+
+def _features() -> frozenset[str]:
+    """The features that numba compiles for, which NUMBA_CPU_FEATURES can narrow."""
+    if numba.config.CPU_FEATURES is not None:
+        return frozenset(word[1:] for word in numba.config.CPU_FEATURES.split(",") if word.startswith("+"))
+    if numba.config.CPU_NAME and numba.config.CPU_NAME != llvmlite.binding.get_host_cpu_name():
+        return frozenset()
+    return frozenset(name for name, present in llvmlite.binding.get_host_cpu_features().items() if present)
+
+
+def _cache_sizes() -> tuple[int, int, int]:
+    """(L1 data, L2, L3) of the first core in bytes, from Linux's sysfs; the defaults elsewhere."""
+    sizes = dict(zip((1, 2, 3), DEFAULT_CACHES, strict=True))
+    units = {"K": KIB, "M": MIB}
+    for index in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
+        try:
+            level, kind, size = ((index / name).read_text().strip() for name in ("level", "type", "size"))
+            if kind != "Instruction":
+                sizes[int(level)] = int(size[:-1]) * units[size[-1]]
+        except (OSError, KeyError, ValueError):
+            continue  # one unreadable entry leaves that level at its default
+    return sizes[1], sizes[2], sizes[3]
+
+
+@functools.cache
+def device() -> CpuDevice:
+    """This host, as the plans see it."""
+    features = _features()
+    machine = platform.machine().lower()
+    if machine in ("x86_64", "amd64"):
+        if {"avx512f", "avx512vl"} <= features:
+            vector_bytes, registers = 64, 32
+        elif "avx2" in features:
+            vector_bytes, registers = 32, 16
+        else:
+            vector_bytes, registers = 16, 16
+        fma = "fma" in features
+    else:
+        vector_bytes, registers, fma = 16, 32, True  # NEON and its like
+    return CpuDevice(f"{machine} {vector_bytes * 8} bit", vector_bytes, registers, fma, *_cache_sizes())
+
+
+def reasons_unusable() -> tuple[str, ...]:
+    """Every reason why kernels cannot run here; numba supports the platform or could not have been imported."""
+    return ()
+
+
+def facts() -> dict[str, object]:
+    """What a report of a problem or a timing should say of this machine."""
+    return {
+        "processor": _processor_name(),
+        "device": device(),
+        "threads": threads.get_num_threads(),
+        "cores": os.cpu_count(),
+        "threading layer": threads.layer_name() or "not started yet",
+        "numba": numba.__version__,
+        "kernel cache": jit.cache_directory() or "none: no writable directory",
+    }
+
+
+def _processor_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return platform.processor() or platform.machine()
+
+
+def warmup(progress: Callable[[int, int, str], None] | None = None) -> None:
+    """Compiles every kernel for this host, so that later processes load them from the cache.
+
+    progress   called with (done, total, what comes next)
+    """
+    steps: list[tuple[str, Callable[[], object]]] = [("threads", threads.prepare)]
+    for bits in (32, 64):
+        name = f"float{bits}"
+        steps.append((f"add {name}", functools.partial(streaming.add_task, bits)))
+        steps.append((f"filter packing {name}", functools.partial(conv.pack_task, bits)))
+        for mr, nv in register_tiles(device()):
+            steps.append((f"convolution {name} {mr}x{nv}", functools.partial(conv.conv_task, bits, mr, nv)))
+    steps.append(("concat", streaming.concat_task))
+    for done, (what, compile_it) in enumerate(steps):
+        if progress:
+            progress(done, len(steps), what)
+        compile_it()
+    if progress:
+        progress(len(steps), len(steps), "done")

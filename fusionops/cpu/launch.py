@@ -1,0 +1,199 @@
+"""From operands to a launch of convolution tasks: fills the params block, lends scratch memory, starts the tasks.
+
+Shared by the kernels whose work is a contraction; they differ in how they see the pixels and choose a tiling.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fusionops.cpu import activation, conv, params as at, threads
+from fusionops.cpu.memory import ALIGNMENT, WORKSPACE, address, aligned
+from fusionops.cpu.tiling import ConvTiling
+from fusionops.kernel import Filters, Operands
+from fusionops.spec import Conv2d, Dense, FusionSpec, Layout, Merge, SourceSpec
+
+AREAS = (at.AT_SUMS, at.AT_PIXELS, at.AT_OUT, at.AT_RESIDUAL, at.AT_GROUPS, at.AT_ROW)
+WEIGHT_KINDS = {None: at.WEIGHT_NONE, "scalar": at.WEIGHT_SCALAR, "vector": at.WEIGHT_VECTOR}
+
+Strides = tuple[int, ...]
+
+
+def map_strides(strides: Strides, item: int, spec: FusionSpec) -> tuple[int, int, int, int]:
+    """Steps along N, H, W, C in elements; a Dense has its rows along W."""
+    steps = [step // item for step in strides]
+    if isinstance(spec.contraction, Dense):
+        return 0, 0, steps[0], steps[1]
+    n, h, w, c = steps if spec.layout is Layout.NHWC else (steps[0], steps[2], steps[3], steps[1])
+    return n, h, w, c
+
+
+@dataclass(frozen=True)
+class Block:
+    """The words of a call that do not change from one call to the next, for one spec, tiling and set of strides."""
+
+    words: np.ndarray[Any, Any]
+    tasks: int
+    flops_per_task: float
+
+
+def _source_words(spec: FusionSpec, source: SourceSpec, steps: Strides, first: int) -> list[int]:
+    channels = source.shape[spec.channel_axis]
+    return [0, *steps, *source.upsample, channels, first, WEIGHT_KINDS[source.weight], 0, 0]
+
+
+@functools.lru_cache(maxsize=512)
+def block(spec: FusionSpec, tiling: ConvTiling, strides: tuple[Strides, ...], out: Strides, residual: Strides | None) -> Block:
+    """The fixed words. Pure."""
+    conv2d, item = spec.conv, tiling.item_bytes
+    N, H, W, P, Q = spec.N, spec.H, spec.W, spec.P, spec.Q
+    sources = [map_strides(steps, item, spec) for steps in strides]
+    to = map_strides(out, item, spec)
+    rest = map_strides(residual, item, spec) if residual is not None else (0, 0, 0, 0)
+    rest_up = spec.residual.upsample if spec.residual else (1, 1)
+    tile_p, tile_q = tiling.tile_p, tiling.tile_q
+    stride, padding = conv2d.stride, conv2d.padding
+    if is_pointwise(conv2d):
+        sources, stride, (H, W) = _without_stride(sources, spec, stride, (H, W))
+        if stride == (1, 1) and rest_up == (1, 1) and all(s.upsample == (1, 1) for s in spec.sources):
+            (N, P, Q), sources, to, rest = _flattened((N, P, Q), sources, to, rest)
+            H, W = P, Q
+        tile_p, tile_q = _same_area(tile_p * tile_q, P, Q) if stride == (1, 1) else (min(tile_p, P), min(tile_q, Q))
+    words = np.zeros(at.SOURCES + at.SOURCE_WORDS * len(sources), np.int64)
+    tiles_p, tiles_q = -(-P // tile_p), -(-Q // tile_q)
+    rows, cols = (tile_p - 1) * stride[0] + 1, (tile_q - 1) * stride[1] + 1
+    if not is_pointwise(conv2d):
+        rows, cols = tiling.rows, tiling.cols
+    words[: at.SOURCE_COUNT + 1] = [
+        N, H, W, spec.C, conv2d.K, conv2d.R, conv2d.S, P, Q, *stride, padding[0][0], padding[1][0], *conv2d.dilation,
+        conv2d.groups, spec.merge is Merge.ADD, len(sources),
+    ]  # fmt: skip
+    words[at.TILE_P : at.COLS + 1] = [tile_p, tile_q, tiles_p, tiles_q, tiling.depth, tiling.blocks, tiling.task_blocks, rows, cols]
+    words[at.SCRATCH_BYTES] = -(-tiling.scratch_bytes // ALIGNMENT) * ALIGNMENT
+    words[list(AREAS)] = np.cumsum(tiling.areas)[:-1]
+    words[at.OUT_N : at.OUT_K + 1] = to
+    words[at.RESIDUAL_N : at.RESIDUAL_K + 1] = rest
+    words[at.RESIDUAL_UP_H : at.RESIDUAL_UP_W + 1] = rest_up
+    words[at.RESIDUAL_WEIGHT] = WEIGHT_KINDS[spec.residual.weight] if spec.residual else at.WEIGHT_NONE
+    words[at.ACTIVATION] = activation.code(spec.activation)
+    if spec.activation and spec.activation.parameters:
+        words.view(np.float64)[at.SLOPE] = spec.activation.parameters[0]
+    first = 0
+    for j, (source, steps) in enumerate(zip(spec.sources, sources, strict=True)):
+        start = at.SOURCES + at.SOURCE_WORDS * j
+        words[start : start + at.SOURCE_WORDS] = _source_words(spec, source, steps, first)
+        first += source.shape[spec.channel_axis]
+    tasks = N * tiles_p * tiles_q * conv2d.groups * -(-tiling.blocks // tiling.task_blocks)
+    return Block(words, tasks, 2.0 * math.prod(spec.gemm) * conv2d.groups / max(1, tasks))
+
+
+def is_pointwise(conv2d: Conv2d) -> bool:
+    """A 1×1 filter without padding: pixels have no neighbours."""
+    return (conv2d.R, conv2d.S) == (1, 1) and conv2d.padding == ((0, 0), (0, 0))
+
+
+Steps = tuple[int, int, int, int]
+
+
+def _without_stride(
+    sources: list[Steps], spec: FusionSpec, stride: tuple[int, int], extent: tuple[int, int]
+) -> tuple[list[Steps], tuple[int, int], tuple[int, int]]:
+    """A strided 1×1 filter reads a coarser map: every stride-th pixel, which is a matter of steps alone."""
+    if stride == (1, 1) or any(source.upsample != (1, 1) for source in spec.sources):
+        return sources, stride, extent
+    return [(n, h * stride[0], w * stride[1], c) for n, h, w, c in sources], (1, 1), (spec.P, spec.Q)
+
+
+def _flattened(
+    extents: tuple[int, int, int], sources: list[Steps], out: Steps, residual: Steps
+) -> tuple[tuple[int, int, int], list[Steps], Steps, Steps]:
+    """Pixels without neighbours as one row, as far as every operand's steps allow."""
+    N, P, Q = extents
+    operands = [*sources, out, residual]
+    if all(h == w * Q or P == 1 for _, h, w, _ in operands):
+        if all(n == w * Q * P or N == 1 for n, _, w, _ in operands):
+            return (1, 1, N * P * Q), sources, out, residual
+        return (N, 1, P * Q), sources, out, residual
+    return extents, sources, out, residual
+
+
+def _same_area(pixels: int, P: int, Q: int) -> tuple[int, int]:
+    """A tile of as many pixels as was planned for, in a map that could not be flattened."""
+    tile_q = min(Q, pixels)
+    return max(1, min(P, pixels // max(1, tile_q))), max(1, tile_q)
+
+
+def pack(tiling: ConvTiling, spec: FusionSpec, filters: np.ndarray[Any, Any], packed: int) -> None:
+    """Writes the filters in the order of the task to the address `packed`."""
+    conv2d, item = spec.conv, tiling.item_bytes
+    steps = [step // item for step in filters.strides]
+    if isinstance(spec.contraction, Dense):
+        steps = [0, 0, *steps]
+    elif spec.layout is Layout.NCHW:
+        steps = [steps[2], steps[3], steps[1], steps[0]]
+    group_channels = spec.C // conv2d.groups
+    words = np.array(
+        [packed, address(filters), *steps, conv2d.R, conv2d.S, group_channels, conv2d.K // conv2d.groups, tiling.depth,
+         tiling.width, tiling.blocks], np.int64
+    )  # fmt: skip
+    tasks = conv2d.groups * tiling.blocks
+    threads_used = threads.get_num_threads() if tiling.packed_elements > PARALLEL_PACKING else 1
+    threads.parallel_for(conv.pack_task(tiling.bits), address(words), tasks, threads_used, 1.0)
+
+
+PARALLEL_PACKING = 1 << 16  # elements: fewer are packed in less time than a second thread takes to wake
+
+
+def packed_array(tiling: ConvTiling, spec: FusionSpec, filters: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """The packed filters in an array of their own, for Filters to keep."""
+    made = np.empty(tiling.shared_bytes + ALIGNMENT, np.uint8)
+    pack(tiling, spec, filters, aligned(made))
+    return made
+
+
+def run(spec: FusionSpec, tiling: ConvTiling, operands: Operands, out: np.ndarray[Any, Any]) -> None:
+    """Writes the result of a contraction to `out`."""
+    residual = operands.residual
+    fixed = block(spec, tiling, tuple([source.strides for source in operands.sources]), out.strides,
+                  None if residual is None else residual.strides)  # fmt: skip
+    words = fixed.words.copy()
+    count = threads.get_num_threads() if fixed.tasks > 1 else 1
+    slot_bytes = int(words[at.SCRATCH_BYTES])
+    keeps = isinstance(operands.filters, Filters)
+    area = WORKSPACE.borrow(slot_bytes * count + (0 if keeps else tiling.shared_bytes))
+    try:
+        start = aligned(area)
+        if isinstance(operands.filters, Filters):
+            made = operands.filters.packed((tiling.mr, tiling.nv, tiling.depth, spec.conv.groups, spec.layout), lambda array: packed_array(tiling, spec, array))
+            words[at.FILTERS] = aligned(made)
+        else:
+            words[at.FILTERS] = start + slot_bytes * count
+            pack(tiling, spec, operands.filters, start + slot_bytes * count)
+        words[at.SCRATCH] = start
+        words[at.OUT] = address(out)
+        if operands.bias is not None:
+            words[at.BIAS] = address(operands.bias)
+        if residual is not None:
+            words[at.RESIDUAL] = address(residual)
+            _put_weight(words, at.RESIDUAL_FACTOR, operands.residual_weight)
+        for j, source in enumerate(operands.sources):
+            words[at.SOURCES + at.SOURCE_WORDS * j] = address(source)
+        for j, weight in enumerate(operands.weights):
+            _put_weight(words, at.SOURCES + at.SOURCE_WORDS * j + at.S_FACTOR, weight)
+        threads.parallel_for(conv.conv_task(tiling.bits, tiling.mr, tiling.nv), address(words), fixed.tasks, count, fixed.flops_per_task)
+    finally:
+        WORKSPACE.give_back(area)
+
+
+def _put_weight(words: np.ndarray[Any, Any], place: int, weight: Any) -> None:
+    if weight is None:
+        return
+    if isinstance(weight, np.ndarray):
+        words[place] = address(weight)
+    else:
+        words.view(np.float64)[place] = weight

@@ -1,0 +1,53 @@
+"""The block of int64 through which a call reaches its tasks: the names of its words. No computation.
+
+A task receives the address of one such block. Sizes and steps are in elements, addresses in bytes, numbers that are not
+integers as the bits of a float64. The words named S_… repeat for each source, SOURCE_WORDS apart, from SOURCES on.
+"""
+
+from __future__ import annotations
+
+# What is being computed
+N, H, W, C = 0, 1, 2, 3
+K, R, S = 4, 5, 6
+P, Q = 7, 8
+STRIDE_H, STRIDE_W = 9, 10
+PAD_TOP, PAD_LEFT = 11, 12
+DILATION_H, DILATION_W = 13, 14
+GROUPS = 15
+IS_ADD = 16
+SOURCE_COUNT = 17
+
+# How it is cut up
+TILE_P, TILE_Q = 18, 19  # output rows and columns of a task
+TILES_P, TILES_Q = 20, 21
+DEPTH = 22  # merged channels of one group that are loaded and summed at a time
+BLOCKS = 23  # filter blocks of nv vectors in one group
+TASK_BLOCKS = 24  # of which one task computes this many
+ROWS, COLS = 25, 26  # input rows and columns that a tile reads
+
+# Where things are
+SCRATCH = 27
+SCRATCH_BYTES = 28  # of one slot
+AT_SUMS, AT_PIXELS, AT_OUT, AT_RESIDUAL, AT_GROUPS, AT_ROW = 29, 30, 31, 32, 33, 34  # bytes from the slot's start
+FILTERS = 35  # packed
+OUT = 36
+OUT_N, OUT_P, OUT_Q, OUT_K = 37, 38, 39, 40
+
+# Epilogue
+BIAS = 41  # 0 = none
+RESIDUAL = 42  # 0 = none
+RESIDUAL_N, RESIDUAL_P, RESIDUAL_Q, RESIDUAL_K = 43, 44, 45, 46
+RESIDUAL_UP_H, RESIDUAL_UP_W = 47, 48
+RESIDUAL_WEIGHT = 49  # WEIGHT_…
+RESIDUAL_FACTOR = 50  # float64 bits of a scalar, or the address of a vector
+ACTIVATION = 51
+SLOPE = 52  # float64 bits
+
+SOURCES = 56
+SOURCE_WORDS = 12
+S_BASE, S_N, S_H, S_W, S_C = 0, 1, 2, 3, 4
+S_UP_H, S_UP_W = 5, 6
+S_CHANNELS, S_FIRST = 7, 8  # its channels, and where they start in the merged map
+S_WEIGHT, S_FACTOR = 9, 10
+
+WEIGHT_NONE, WEIGHT_SCALAR, WEIGHT_VECTOR = 0, 1, 2

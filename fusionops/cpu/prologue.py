@@ -1,0 +1,150 @@
+"""Tile loads for the CPU backend: upsampling, weights and the merge in one pass over a tile, from any strides.
+
+Writes packed tiles [row][column][channel]; positions outside the map are left unwritten, because no tap that falls there is
+ever multiplied. Contains no arithmetic on filters.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from fusionops.cpu import params as at
+from fusionops.cpu.jit import inline
+from fusionops.cpu.simd import Lanes, doubles, elements, word, words
+
+
+def vector_loop(b: ir.IRBuilder, lanes: Lanes, count: ir.Value, body: Any) -> None:
+    """body(offset, mask) over `count` elements: whole vectors with mask None, then one masked one."""
+    whole = b.sdiv(count, word(lanes.count))
+    with cgutils.for_range(b, whole) as v:
+        body(b.mul(v.index, word(lanes.count)), None)
+    done = b.mul(whole, word(lanes.count))
+    rest = b.sub(count, done)
+    with b.if_then(b.icmp_signed(">", rest, word(0))):
+        body(done, lanes.tail_mask(rest))
+
+
+@intrinsic(prefer_literal=True)
+def merge_run(typing, bits, to, source, count, weight, factor, weights, accumulate):  # type: ignore[no-untyped-def]  # noqa: E501  # numba calls it with its own objects
+    """to[i] (+)= source[i] · (1 | factor | weights[i]) for a run of channels; each product and each sum rounded by itself."""
+    if not isinstance(bits, types.IntegerLiteral):
+        return None
+    signature = types.void(bits, types.intp, types.intp, types.intp, types.intp, types.float64, types.intp, types.intp)
+
+    def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        _, to, source, count, weight, factor, weights, accumulate = args
+        lanes = Lanes(b, bits.literal_value)
+        to, source, weights = lanes.pointer(to), lanes.pointer(source), lanes.pointer(weights)
+        scalar = b.fptrunc(factor, lanes.scalar) if lanes.bits == 32 else factor
+        splat = lanes.splat(scalar)
+
+        def run(kind: int, resume: bool) -> None:
+            def body(offset: ir.Value, mask: ir.Value | None) -> None:
+                def load(base: ir.Value) -> ir.Value:
+                    place = b.gep(base, [offset])
+                    return lanes.load(place) if mask is None else lanes.masked_load(place, mask)
+
+                value = load(source)
+                if kind != at.WEIGHT_NONE:
+                    value = b.fmul(value, splat if kind == at.WEIGHT_SCALAR else load(weights))
+                if resume:
+                    value = b.fadd(load(to), value)
+                place = b.gep(to, [offset])
+                if mask is None:
+                    lanes.store(value, place)
+                else:
+                    lanes.masked_store(value, place, mask)
+
+            vector_loop(b, lanes, count, body)
+
+        for kind in (at.WEIGHT_NONE, at.WEIGHT_SCALAR, at.WEIGHT_VECTOR):
+            with b.if_then(b.icmp_signed("==", weight, word(kind))):
+                with b.if_else(b.icmp_signed("!=", accumulate, word(0))) as (again, first):
+                    with again:
+                        run(kind, True)
+                    with first:
+                        run(kind, False)
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+@inline
+def merge_strided(bits, to, step, source, stride, count, source_c, channels, weight, factor, weights, accumulate):  # type: ignore[no-untyped-def]
+    """merge_run for `count` columns whose channels are `source_c` apart: a transposition in blocks of 16 channels."""
+    d, s, f = elements(bits, to), elements(bits, source), elements(bits, weights)
+    for first in range(0, channels, 16):
+        last = min(channels, first + 16)
+        for i in range(count):
+            for c in range(first, last):
+                value = s[i * stride + c * source_c]
+                if weight == at.WEIGHT_SCALAR:
+                    value = value * factor
+                elif weight == at.WEIGHT_VECTOR:
+                    value = value * f[c]
+                if accumulate:
+                    value = d[i * step + c] + value
+                d[i * step + c] = value
+
+
+@inline
+def load_tile(bits, params, to, n, h0, w0, c0, depth):  # type: ignore[no-untyped-def]
+    """to[h - h0][w - w0][c - c0] = merged[n, h, w, c] for the tile's rows and columns that lie inside the map."""
+    p = words(params)
+    item = bits // 8
+    rows, cols, is_add = p[at.ROWS], p[at.COLS], p[at.IS_ADD]
+    h_from, h_to = max(h0, 0), min(h0 + rows, p[at.H])
+    w_from, w_to = max(w0, 0), min(w0 + cols, p[at.W])
+    for j in range(p[at.SOURCE_COUNT]):
+        here = params + 8 * (at.SOURCES + j * at.SOURCE_WORDS)
+        s = words(here)
+        first = 0 if is_add else s[at.S_FIRST]
+        c_from, c_to = max(c0, first), min(c0 + depth, first + s[at.S_CHANNELS])
+        count = c_to - c_from
+        if count <= 0:
+            continue
+        weight, factor, weights = s[at.S_WEIGHT], 1.0, 0
+        if weight == at.WEIGHT_SCALAR:
+            factor = doubles(here)[at.S_FACTOR]
+        elif weight == at.WEIGHT_VECTOR:
+            weights = s[at.S_FACTOR] + (c_from - first) * item
+        accumulate = is_add and j > 0
+        base = s[at.S_BASE] + (n * s[at.S_N] + (c_from - first) * s[at.S_C]) * item
+        up_h, up_w, step_w = s[at.S_UP_H], s[at.S_UP_W], s[at.S_W]
+        for h in range(h_from, h_to):
+            row = base + (h // up_h) * s[at.S_H] * item
+            line = to + (((h - h0) * cols + (w_from - w0)) * depth + (c_from - c0)) * item
+            if s[at.S_C] != 1:
+                if up_w == 1:
+                    merge_strided(bits, line, depth, row + w_from * step_w * item, step_w, w_to - w_from, s[at.S_C], count,
+                                  weight, rounded(bits, factor), weights, accumulate)  # fmt: skip
+                else:
+                    for w in range(w_from, w_to):
+                        merge_strided(bits, line + (w - w_from) * depth * item, depth, row + (w // up_w) * step_w * item, 0, 1,
+                                      s[at.S_C], count, weight, rounded(bits, factor), weights, accumulate)  # fmt: skip
+            elif up_w == 1 and count == depth and step_w == depth and weight != at.WEIGHT_VECTOR:
+                merge_run(bits, line, row + w_from * step_w * item, (w_to - w_from) * depth, weight, factor, weights, accumulate)
+            elif up_w == 1:
+                for w in range(w_from, w_to):
+                    merge_run(bits, line + (w - w_from) * depth * item, row + w * step_w * item, count, weight, factor, weights, accumulate)
+            else:
+                for w in range(w_from, w_to):
+                    merge_run(bits, line + (w - w_from) * depth * item, row + (w // up_w) * step_w * item, count, weight, factor, weights, accumulate)
+
+
+@intrinsic(prefer_literal=True)
+def rounded(typing, bits, value):  # type: ignore[no-untyped-def]  # numba calls it with its own objects
+    """A float64 as the element type."""
+    if not isinstance(bits, types.IntegerLiteral):
+        return None
+    kind = types.float32 if bits.literal_value == 32 else types.float64
+
+    def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        return b.fptrunc(args[1], ir.FloatType()) if bits.literal_value == 32 else args[1]
+
+    return kind(bits, types.float64), codegen

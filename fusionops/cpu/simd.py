@@ -1,0 +1,155 @@
+"""Vector IR: what a kernel can say about 64-byte vectors, and pointers for Numba code. No loops over tensors.
+
+Everything is generic LLVM IR on <16 x float> or <8 x double>; LLVM splits it into the registers that the host has, so the
+same source is legal on every processor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+VECTOR_BYTES = 64
+I1, I8, I32, I64 = ir.IntType(1), ir.IntType(8), ir.IntType(32), ir.IntType(64)
+
+
+def word(value: int) -> ir.Constant:
+    return ir.Constant(I64, value)
+
+
+class Lanes:
+    """One vector type and the instructions on it, bound to an IR builder. `bits` is the width of an element: 32 or 64."""
+
+    def __init__(self, b: ir.IRBuilder, bits: int) -> None:
+        self.b = b
+        self.bits = bits
+        self.item_bytes = bits // 8
+        self.count = VECTOR_BYTES // self.item_bytes
+        self.scalar = ir.FloatType() if bits == 32 else ir.DoubleType()
+        self.type = ir.VectorType(self.scalar, self.count)
+        self.int = ir.VectorType(ir.IntType(bits), self.count)
+        self.mask = ir.VectorType(I1, self.count)
+        self.suffix = f"v{self.count}f{bits}"
+
+    # memory
+
+    def pointer(self, address: ir.Value, element: ir.Value | None = None) -> ir.Value:
+        """The address of an element as a pointer to scalars."""
+        base = self.b.inttoptr(address, self.scalar.as_pointer())
+        return base if element is None else self.b.gep(base, [element])
+
+    def _vector_pointer(self, pointer: ir.Value) -> ir.Value:
+        return self.b.bitcast(pointer, self.type.as_pointer())
+
+    def load(self, pointer: ir.Value) -> ir.Value:
+        value = self.b.load(self._vector_pointer(pointer))
+        value.align = 1  # arrays may start anywhere; an aligned access costs the same either way
+        return value
+
+    def store(self, value: ir.Value, pointer: ir.Value) -> None:
+        self.b.store(value, self._vector_pointer(pointer)).align = 1
+
+    def stream(self, value: ir.Value, pointer: ir.Value) -> None:
+        """A store around the caches; `pointer` is aligned to VECTOR_BYTES."""
+        store = self.b.store(value, self._vector_pointer(pointer))
+        store.align = VECTOR_BYTES
+        store.set_metadata("nontemporal", self.b.module.add_metadata([ir.Constant(I32, 1)]))
+
+    def tail_mask(self, count: ir.Value) -> ir.Value:
+        """True in the first `count` lanes."""
+        iota = ir.Constant(ir.VectorType(I64, self.count), list(range(self.count)))
+        return self.b.icmp_signed("<", iota, self.splat(count, ir.VectorType(I64, self.count)))
+
+    def masked_load(self, pointer: ir.Value, mask: ir.Value) -> ir.Value:
+        kind = ir.FunctionType(self.type, [self.type.as_pointer(), I32, self.mask, self.type])
+        function = cgutils.get_or_insert_function(self.b.module, kind, f"llvm.masked.load.{self.suffix}.p0")
+        return self.b.call(function, [self._vector_pointer(pointer), ir.Constant(I32, 1), mask, self.constant(0.0)])
+
+    def masked_store(self, value: ir.Value, pointer: ir.Value, mask: ir.Value) -> None:
+        kind = ir.FunctionType(ir.VoidType(), [self.type, self.type.as_pointer(), I32, self.mask])
+        function = cgutils.get_or_insert_function(self.b.module, kind, f"llvm.masked.store.{self.suffix}.p0")
+        self.b.call(function, [value, self._vector_pointer(pointer), ir.Constant(I32, 1), mask])
+
+    # values
+
+    def constant(self, value: float) -> ir.Constant:
+        return ir.Constant(self.type, [float(value)] * self.count)
+
+    def integers(self, value: int) -> ir.Constant:
+        return ir.Constant(self.int, [value] * self.count)
+
+    def splat(self, scalar: ir.Value, kind: ir.VectorType | None = None) -> ir.Value:
+        kind = kind or self.type
+        undefined = ir.Constant(kind, ir.Undefined)
+        lane0 = self.b.insert_element(undefined, scalar, ir.Constant(I32, 0))
+        return self.b.shuffle_vector(lane0, undefined, ir.Constant(ir.VectorType(I32, self.count), [0] * self.count))
+
+    def _call(self, name: str, args: Sequence[ir.Value]) -> ir.Value:
+        kind = ir.FunctionType(self.type, [self.type] * len(args))
+        return self.b.call(cgutils.get_or_insert_function(self.b.module, kind, f"llvm.{name}.{self.suffix}"), args)
+
+    def multiply_add(self, x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value:
+        """x·y + z, with one rounding where the host has the instruction and two where it would take a library call."""
+        return self._call("fmuladd", [x, y, z])
+
+    def round(self, x: ir.Value) -> ir.Value:
+        return self._call("rint", [x])
+
+    def absolute(self, x: ir.Value) -> ir.Value:
+        return self._call("fabs", [x])
+
+    def copysign(self, magnitude: ir.Value, sign: ir.Value) -> ir.Value:
+        return self._call("copysign", [magnitude, sign])
+
+    def below(self, x: ir.Value, y: ir.Value) -> ir.Value:
+        """x < y lane by lane; False where either is NaN."""
+        return self.b.fcmp_ordered("<", x, y)
+
+    def polynomial(self, x: ir.Value, coefficients: Sequence[float]) -> ir.Value:
+        """Horner's rule; coefficients from the highest power to the constant."""
+        value = self.constant(coefficients[0])
+        for coefficient in coefficients[1:]:
+            value = self.multiply_add(value, x, self.constant(coefficient))
+        return value
+
+    def each_lane(self, function: str, x: ir.Value) -> ir.Value:
+        """A function of the C library, lane by lane."""
+        kind = ir.FunctionType(self.scalar, [self.scalar])
+        callee = cgutils.get_or_insert_function(self.b.module, kind, function)
+        for lane in range(self.count):
+            at = ir.Constant(I32, lane)
+            x = self.b.insert_element(x, self.b.call(callee, [self.b.extract_element(x, at)]), at)
+        return x
+
+
+def _pointer_intrinsic(numba_type: Any, ir_type: ir.Type) -> Any:
+    @intrinsic
+    def view(typing, address):  # type: ignore[no-untyped-def]  # numba calls it with its own objects
+        def codegen(context, b, signature, args):  # type: ignore[no-untyped-def]
+            return b.inttoptr(args[0], ir_type.as_pointer())
+
+        return types.CPointer(numba_type)(types.intp), codegen
+
+    return view
+
+
+words = _pointer_intrinsic(types.int64, I64)
+doubles = _pointer_intrinsic(types.float64, ir.DoubleType())
+
+
+@intrinsic(prefer_literal=True)
+def elements(typing, bits, address):  # type: ignore[no-untyped-def]  # numba calls it with its own objects
+    """The address as a pointer to float32 (bits = 32) or float64 (bits = 64); bits is literal."""
+    if not isinstance(bits, types.IntegerLiteral):
+        return None
+    number, element = (types.float32, ir.FloatType()) if bits.literal_value == 32 else (types.float64, ir.DoubleType())
+
+    def codegen(context, b, signature, args):  # type: ignore[no-untyped-def]
+        return b.inttoptr(args[1], element.as_pointer())
+
+    return types.CPointer(number)(bits, types.intp), codegen

@@ -1,0 +1,257 @@
+"""Merges without a contraction: add and concat in one pass over the maps, upsampling included.
+
+    add:     y = act( w0·up(x0) + w1·up(x1) + … )     a left fold, every product and sum rounded: NumPy's bits
+    concat:  y = x0 | x1 | …                          along any axis
+
+A task owns a span of the output. Small outputs stay in the caches; large ones are stored around them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fusionops.cpu import activation, params as at, threads
+from fusionops.cpu.memory import address
+from fusionops.cpu.streaming import CONCAT_HEAD, CONCAT_WORDS, HEAD, add_task, concat_task, operand_words
+from fusionops.device import CpuDevice
+from fusionops.kernel import Kernel, Operands
+from fusionops.spec import ITEM_BYTES, Direction, FusionSpec, Merge, SourceSpec
+
+# Outputs from this size on are stored around the caches. Below it the next reader finds them in the last level.
+STREAM_BYTES = 1 << 25
+SPAN_BYTES = 1 << 17  # of the output that a task owns: some 10 µs, enough to hide handing it out
+
+
+@dataclass(frozen=True, slots=True)
+class StreamConfig:
+    """span   elements of the output a task owns; nontemporal   whether stores go around the caches"""
+
+    span: int
+    nontemporal: bool
+
+    @property
+    def scratch_bytes(self) -> int:
+        return 0  # a task's buffer lives on its stack
+
+    @property
+    def shared_bytes(self) -> int:
+        return 0
+
+    def illegal_on(self, device: CpuDevice) -> tuple[str, ...]:
+        return ()
+
+
+def plan(spec: FusionSpec, device: CpuDevice) -> StreamConfig:
+    item = ITEM_BYTES[spec.dtype]
+    return StreamConfig(SPAN_BYTES // item, math.prod(spec.out_shape) * item >= STREAM_BYTES)
+
+
+# add
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The iteration space of an add after neighbouring axes are joined: extents, and per operand its steps and factors.
+
+    Operand 0 is the output. `channel` is the axis a vector of weights runs along, or -1.
+    """
+
+    extents: tuple[int, ...]
+    steps: tuple[tuple[int, ...], ...]
+    factors: tuple[tuple[int, ...], ...]
+    channel: int
+
+
+def grid(shape: tuple[int, ...], steps: list[list[int]], factors: list[list[int]], channel: int) -> Grid:
+    """Joins axes that every operand walks through without a jump; axes of extent 1 go first."""
+    keep = [d for d, extent in enumerate(shape) if extent != 1 or d == channel] or [len(shape) - 1]
+    extents = [shape[d] for d in keep]
+    steps = [[s[d] for d in keep] for s in steps]
+    factors = [[f[d] for d in keep] for f in factors]
+    channel = keep.index(channel) if channel >= 0 else -1
+    d = len(extents) - 2
+    while d >= 0:
+        joined = all(s[d] == s[d + 1] * extents[d + 1] for s in steps) and all(f[d] == f[d + 1] == 1 for f in factors)
+        if joined and channel not in (d, d + 1):
+            extents[d : d + 2] = [extents[d] * extents[d + 1]]
+            for s, f in zip(steps, factors, strict=True):
+                del s[d], f[d]
+            channel -= channel > d
+        d -= 1
+    return Grid(tuple(extents), tuple(map(tuple, steps)), tuple(map(tuple, factors)), channel)
+
+
+def _aligned_axes(values: tuple[int, ...], rank: int, shape: tuple[int, ...] | None, fill: int) -> list[int]:
+    """Right-aligned to `rank` axes; broadcast axes (extent 1) get step 0."""
+    padded = [fill] * (rank - len(values)) + list(values)
+    if shape is not None:
+        extents = (1,) * (rank - len(shape)) + shape
+        padded = [0 if extent == 1 else step for extent, step in zip(extents, padded, strict=True)]
+    return padded
+
+
+def _factors(source: SourceSpec, spec: FusionSpec, rank: int) -> list[int]:
+    factors = [1] * rank
+    if source.upsample != (1, 1):
+        h = 1 if spec.layout == "NHWC" else 2
+        factors[h : h + 2] = source.upsample
+    return factors
+
+
+@functools.lru_cache(maxsize=512)
+def add_block(spec: FusionSpec, config: StreamConfig, out: tuple[int, ...], strides: tuple[tuple[int, ...], ...]) -> tuple[np.ndarray[Any, Any], int]:
+    """The fixed words of an add, and its number of tasks. Pure."""
+    shape = spec.merged_shape or (1,)
+    rank, item = len(shape), ITEM_BYTES[spec.dtype]
+    steps = [_aligned_axes(tuple(s // item for s in out), rank, None, 0)] if out else [[1]]
+    steps += [_aligned_axes(tuple(s // item for s in step), rank, source.shape, 0) for step, source in zip(strides, spec.sources, strict=True)]
+    factors = [[1] * rank] + [_factors(source, spec, rank) for source in spec.sources]
+    weighted = any(source.weight == "vector" for source in spec.sources)
+    channel_axis = -1
+    if weighted:
+        channel_axis = rank - 1 if spec.layout == "NHWC" else 1
+    space = grid(shape, steps, factors, channel_axis)
+    inner, rows = space.extents[-1], math.prod(space.extents[:-1])
+    pieces = max(1, inner // config.span)
+    piece = -(-inner // pieces)
+    task_rows = max(1, config.span // inner) if pieces == 1 else 1
+    depth = len(space.extents)
+    size = operand_words(depth)
+    plain = spec.activation is None and all(source.weight is None for source in spec.sources)
+    plain = plain and all(step[-1] == 1 and factor[-1] == 1 for step, factor in zip(space.steps, space.factors, strict=True))
+    words = np.zeros(HEAD + depth + size * len(space.steps), np.int64)
+    slope = spec.activation.parameters[0] if spec.activation and spec.activation.parameters else 0.0
+    words[:HEAD] = [len(spec.sources), depth, rows, task_rows, pieces, piece, plain, config.nontemporal,
+                    activation.code(spec.activation), np.float64(slope).view(np.int64), space.channel]  # fmt: skip
+    words[HEAD : HEAD + depth] = space.extents
+    kinds = {None: at.WEIGHT_NONE, "scalar": at.WEIGHT_SCALAR, "vector": at.WEIGHT_VECTOR}
+    for j, (step, factor) in enumerate(zip(space.steps, space.factors, strict=True)):
+        start = HEAD + depth + size * j
+        kind = kinds[spec.sources[j - 1].weight] if j else at.WEIGHT_NONE
+        words[start : start + size] = [0, kind, 0, *step, *factor]
+    return words, -(-rows // task_rows) * pieces
+
+
+def run_add(spec: FusionSpec, config: StreamConfig, operands: Operands, out: np.ndarray[Any, Any]) -> None:
+    """Writes the sum of sources of one dtype to `out`."""
+    fixed, tasks = add_block(spec, config, out.strides, tuple([source.strides for source in operands.sources]))
+    words = fixed.copy()
+    depth = int(words[1])
+    size, start = operand_words(depth), HEAD + depth
+    words[start] = address(out)
+    for j, source in enumerate(operands.sources, 1):
+        words[start + j * size] = address(source)
+    for j, weight in enumerate(operands.weights, 1):
+        if isinstance(weight, np.ndarray):
+            words[start + j * size + 2] = address(weight)
+        elif weight is not None:
+            words.view(np.float64)[start + j * size + 2] = weight
+    threads.parallel_for(add_task(8 * ITEM_BYTES[spec.dtype]), address(words), tasks, threads.get_num_threads() if tasks > 1 else 1, 0.0)
+
+
+def run_add_any(spec: FusionSpec, config: StreamConfig, operands: Operands, out: np.ndarray[Any, Any]) -> None:
+    """Writes the left fold of NumPy's own additions: any dtypes, any mixture."""
+    total = operands.sources[0]
+    with np.errstate(all="ignore"):
+        for source in operands.sources[1:-1]:
+            total = np.add(total, source)
+        if len(operands.sources) > 1:
+            np.add(total, operands.sources[-1], out=out)
+        else:
+            np.copyto(out, total)
+
+
+def store_merged(spec: FusionSpec, operands: Operands) -> tuple[FusionSpec, Operands]:
+    """Writes the merged map to operands.merged, and states the rest of the problem with that map as its one source."""
+    merged = operands.merged
+    assert merged is not None
+    alone = dataclasses.replace(spec, contraction=None, bias=False, residual=None, activation=None, return_sum=False)
+    item = ITEM_BYTES[spec.dtype]
+    config = StreamConfig(SPAN_BYTES // item, nontemporal=False)  # the contraction reads it right away
+    run_add(alone, config, Operands(operands.sources, operands.weights), merged)
+    rest = dataclasses.replace(spec, sources=(SourceSpec(spec.merged_shape, spec.dtype),), return_sum=False)
+    return rest, dataclasses.replace(operands, sources=(merged,), weights=(), merged=None)
+
+
+# concat
+
+
+def run_concat(spec: FusionSpec, config: StreamConfig, operands: Operands, out: np.ndarray[Any, Any]) -> None:
+    """Writes the sources side by side; rows that are contiguous in memory go through tasks, others through NumPy's copy."""
+    axis = spec.axis
+    rows = math.prod(out.shape[:axis])
+    first, spans = 0, []
+    for source in operands.sources:
+        extent = source.shape[axis]
+        where = (slice(None),) * axis + (slice(first, first + extent),)
+        first += extent
+        if source.size == 0:
+            continue
+        if source.dtype == out.dtype and (steps := _row_steps(source, axis)) and (to := _row_steps(out[where], axis)):
+            spans.append((address(source), steps[0], address(out[where]), to[0], math.prod(source.shape[axis:]) * source.itemsize))
+        else:
+            np.copyto(out[where], source, casting="same_kind")
+    if not spans:
+        return
+    total = sum(span[-1] for span in spans)
+    span_bytes = config.span * out.itemsize
+    pieces = max(1, min(max(span[-1] for span in spans), total // span_bytes))
+    task_rows = max(1, span_bytes // total)
+    words = np.array([len(spans), rows, task_rows, pieces, config.nontemporal, *(word for span in spans for word in span)], np.int64)
+    assert words.size == CONCAT_HEAD + CONCAT_WORDS * len(spans)
+    tasks = -(-rows // task_rows) * pieces
+    threads.parallel_for(concat_task(), address(words), tasks, threads.get_num_threads() if tasks > 1 else 1, 0.0)
+
+
+def _row_steps(array: np.ndarray[Any, Any], axis: int) -> tuple[int] | None:
+    """The step in bytes between the rows array[:axis] spans, if its rows are contiguous and equally spaced."""
+    inner = array.itemsize
+    for extent, step in zip(array.shape[axis:][::-1], array.strides[axis:][::-1], strict=True):
+        if extent != 1 and step != inner:
+            return None
+        inner *= extent
+    outer = [(extent, step) for extent, step in zip(array.shape[:axis], array.strides[:axis], strict=True) if extent != 1]
+    if not outer:
+        return (inner,)
+    row = outer[-1][1]
+    reach = row
+    for extent, step in outer[::-1]:
+        if step != reach:
+            return None
+        reach *= extent
+    return (row,)
+
+
+def _kernel(name: str, merge: Merge, dtype: str | None, run: Any) -> Kernel:
+    def unsupported(spec: FusionSpec) -> tuple[str, ...]:
+        reasons = []
+        if spec.direction is not Direction.FPROP:
+            reasons.append(f"direction is {spec.direction}, needs fprop")
+        if spec.merge is not merge:
+            reasons.append(f"merge is {spec.merge}, needs {merge}")
+        if spec.contraction is not None:
+            reasons.append("the spec contracts, needs a merge alone")
+        if dtype and any(kind != dtype for kind in (spec.dtype, *(source.dtype for source in spec.sources))):
+            reasons.append(f"dtypes are {', '.join(source.dtype for source in spec.sources)} to {spec.dtype}, needs {dtype}")
+        for name in ("scale", "shift", "activation"):
+            if any(getattr(source, name) for source in spec.sources):
+                reasons.append(f"a source has {name}, which the tile load does not apply yet")
+        if dtype is None and (spec.activation or not all(source.is_plain for source in spec.sources)):
+            reasons.append("sources or result are upsampled, weighted or activated, needs a plain merge")
+        return tuple(reasons)
+
+    return Kernel(f"cpu.{name}", unsupported, plan, run)
+
+
+KERNELS = (
+    _kernel("add_fprop_stream_f32", Merge.ADD, "float32", run_add),
+    _kernel("add_fprop_stream_f64", Merge.ADD, "float64", run_add),
+    _kernel("concat_fprop_stream_any", Merge.CONCAT, None, run_concat),
+    _kernel("add_fprop_stream_any", Merge.ADD, None, run_add_any),
+)

@@ -1,0 +1,272 @@
+"""The tasks of `stream`: spans of an add or a concat, as compiled code. No shapes are judged or chosen here."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from fusionops.cpu import params as at
+from fusionops.cpu.epilogue import finish_run
+from fusionops.cpu.jit import inline, task
+from fusionops.cpu.prologue import merge_run, rounded
+from fusionops.cpu.simd import I8, I64, VECTOR_BYTES, Lanes, doubles, elements, word, words
+
+# Words of an add: these, then the extents, then for each operand (output first) base, weight kind, weight, steps, factors.
+SOURCES, DEPTH, ROWS, TASK_ROWS, PIECES, PIECE, PLAIN, NONTEMPORAL, ACTIVATION, SLOPE, CHANNEL = range(11)
+HEAD = 11
+# Words of a concat: these, then for each source address, step, address in the output, step, bytes of a row.
+CONCAT_HEAD, CONCAT_WORDS = 5, 5
+
+BLOCK = 1024  # elements of the buffer that a general add goes through: 4 to 8 KiB, a small part of L1
+UNROLL = 4  # vectors in flight; 8 gained nothing
+
+
+def operand_words(depth: int) -> int:
+    return 3 + 2 * depth
+
+
+@intrinsic(prefer_literal=True)
+def add_run(typing, bits, to, table, sources, count, nontemporal):  # type: ignore[no-untyped-def]  # numba calls it with its own objects
+    """to[i] = ((x0[i] + x1[i]) + x2[i]) + … for contiguous runs whose addresses stand in `table`."""
+    if not isinstance(bits, types.IntegerLiteral):
+        return None
+    signature = types.void(bits, *[types.intp] * 5)
+
+    def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        _, address, table, sources, count, nontemporal = args
+        lanes = Lanes(b, bits.literal_value)
+        to, table = lanes.pointer(address), b.inttoptr(table, I64.as_pointer())
+        sums = [cgutils.alloca_once(b, lanes.type) for _ in range(UNROLL)]
+
+        def span(offset: ir.Value, vectors: int, mask: ir.Value | None, store: Any) -> None:
+            def load(source: ir.Value, v: int) -> ir.Value:
+                place = b.gep(lanes.pointer(b.load(b.gep(table, [source]))), [b.add(offset, word(v * lanes.count))])
+                return lanes.load(place) if mask is None else lanes.masked_load(place, mask)
+
+            for v in range(vectors):
+                b.store(load(word(0), v), sums[v])
+            with cgutils.for_range(b, sources, start=word(1)) as j:
+                for v in range(vectors):
+                    b.store(b.fadd(b.load(sums[v]), load(j.index, v)), sums[v])
+            for v in range(vectors):
+                store(b.load(sums[v]), b.gep(to, [b.add(offset, word(v * lanes.count))]))
+
+        def masked(offset: ir.Value, rest: ir.Value) -> None:
+            with b.if_then(b.icmp_signed(">", rest, word(0))):
+                mask = lanes.tail_mask(rest)
+                span(offset, 1, mask, lambda value, place: lanes.masked_store(value, place, mask))
+
+        def body(start: ir.Value, store: Any) -> ir.Value:
+            """Whole vectors from `start` on; returns where they end."""
+            whole = b.sdiv(b.sub(count, start), word(lanes.count))
+            blocks = b.sdiv(whole, word(UNROLL))
+            with cgutils.for_range(b, blocks) as i:
+                span(b.add(start, b.mul(i.index, word(UNROLL * lanes.count))), UNROLL, None, store)
+            done = b.mul(blocks, word(UNROLL))
+            with cgutils.for_range(b, b.sub(whole, done)) as i:
+                span(b.add(start, b.mul(b.add(done, i.index), word(lanes.count))), 1, None, store)
+            return b.add(start, b.mul(whole, word(lanes.count)))
+
+        with b.if_else(b.icmp_signed("!=", nontemporal, word(0))) as (around, through):
+            with around:  # stores around the caches need whole, aligned vectors: a masked one goes first
+                ahead = b.sdiv(b.and_(b.neg(address), word(VECTOR_BYTES - 1)), word(lanes.item_bytes))
+                head = b.select(b.icmp_signed("<", ahead, count), ahead, count)
+                masked(word(0), head)
+                end = body(head, lanes.stream)
+                masked(end, b.sub(count, end))
+            with through:
+                end = body(word(0), lanes.store)
+                masked(end, b.sub(count, end))
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+@inline
+def operand_offset(params, operand, row):  # type: ignore[no-untyped-def]
+    """Elements from an operand's base to the start of row `row`: the axes but the last, with upsampling by their factors."""
+    p = words(params)
+    depth = p[DEPTH]
+    here = words(params + 8 * (HEAD + depth + operand * (3 + 2 * depth) + 3))
+    offset = 0
+    for d in range(depth - 2, -1, -1):
+        extent = p[HEAD + d]
+        position = row % extent
+        row //= extent
+        offset += position // here[depth + d] * here[d]
+    return offset
+
+
+@inline
+def weight_position(params, row):  # type: ignore[no-untyped-def]
+    """Index of the row along the channel axis, where that is not the last one."""
+    p = words(params)
+    depth, channel = p[DEPTH], p[CHANNEL]
+    for d in range(depth - 2, channel, -1):
+        row //= p[HEAD + d]
+    return row % p[HEAD + channel]
+
+
+@inline
+def merge_general(bits, params, to, source, step, factor, first, count, kind, weight, weights, accumulate):  # type: ignore[no-untyped-def]
+    """merge_run for a run with any step, each element repeated `factor` times."""
+    d, s, w = elements(bits, to), elements(bits, source), elements(bits, weights)
+    for i in range(count):
+        value = s[(first + i) // factor * step]
+        if kind == at.WEIGHT_SCALAR:
+            value = value * weight
+        elif kind == at.WEIGHT_VECTOR:
+            value = value * w[i]
+        if accumulate:
+            value = d[i] + value
+        d[i] = value
+
+
+@inline
+def add_general(bits, params, row, first, count, buffer):  # type: ignore[no-untyped-def]
+    """One run of an add with weights, an activation or any steps, through a buffer in L1."""
+    p = words(params)
+    item = bits // 8
+    depth = p[DEPTH]
+    size = 3 + 2 * depth
+    for j in range(1, p[SOURCES] + 1):
+        here = params + 8 * (HEAD + depth + j * size)
+        o = words(here)
+        kind, weight, weights = o[1], 1.0, 0
+        step, factor = o[3 + depth - 1], o[3 + 2 * depth - 1]
+        if kind == at.WEIGHT_SCALAR:
+            weight = doubles(here)[2]
+        elif kind == at.WEIGHT_VECTOR:
+            if p[CHANNEL] == depth - 1:
+                weights = o[2] + first * item
+            else:
+                kind = at.WEIGHT_SCALAR
+                weight = np_float(elements(bits, o[2])[weight_position(params, row)])
+        source = o[0] + operand_offset(params, j, row) * item
+        if step == 1 and factor == 1:
+            merge_run(bits, buffer, source + first * item, count, kind, weight, weights, j > 1)
+        else:
+            merge_general(bits, params, buffer, source, step, factor, first, count, kind, rounded(bits, weight), weights, j > 1)
+    out = words(params + 8 * (HEAD + depth))
+    step = out[3 + depth - 1]
+    to = out[0] + (operand_offset(params, 0, row) + first * step) * item
+    if step == 1:
+        finish_run(bits, to, buffer, count, 0, 0, p[ACTIVATION], doubles(params)[SLOPE])
+    else:
+        finish_run(bits, buffer, buffer, count, 0, 0, p[ACTIVATION], doubles(params)[SLOPE])
+        d, s = elements(bits, to), elements(bits, buffer)
+        for i in range(count):
+            d[i * step] = s[i]
+
+
+@inline
+def np_float(value):  # type: ignore[no-untyped-def]
+    return value * 1.0
+
+
+@intrinsic(prefer_literal=True)
+def stack_words(typing, count):  # type: ignore[no-untyped-def]  # numba calls it with its own objects
+    """The address of `count` int64 on the stack of the task."""
+    if not isinstance(count, types.IntegerLiteral):
+        return None
+
+    def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        return b.ptrtoint(cgutils.alloca_once(b, I64, size=word(count.literal_value)), I64)
+
+    return types.intp(count), codegen
+
+
+MOST_IN_TABLE = 64  # sources whose addresses fit the task's table; more go through the buffer
+
+
+@functools.cache
+def add_task(bits: int) -> int:
+    """Address of the task of an add."""
+    item = bits // 8
+
+    def add(params, index, slot):  # type: ignore[no-untyped-def]
+        p = words(params)
+        depth, sources = p[DEPTH], p[SOURCES]
+        size = 3 + 2 * depth
+        inner = p[HEAD + depth - 1]
+        piece = index % p[PIECES]
+        row0 = index // p[PIECES] * p[TASK_ROWS]
+        start, end = piece * p[PIECE], min(inner, (piece + 1) * p[PIECE])
+        table, buffer = stack_words(64), stack_words(1024)
+        for row in range(row0, min(p[ROWS], row0 + p[TASK_ROWS])):
+            if p[PLAIN] and sources <= MOST_IN_TABLE:
+                for j in range(1, sources + 1):
+                    base = p[HEAD + depth + j * size]
+                    words(table)[j - 1] = base + (operand_offset(params, j, row) + start) * item
+                to = p[HEAD + depth] + (operand_offset(params, 0, row) + start) * item
+                add_run(bits, to, table, sources, end - start, p[NONTEMPORAL])
+            else:
+                for first in range(start, end, BLOCK):
+                    add_general(bits, params, row, first, min(BLOCK, end - first), buffer)
+
+    return task(add)
+
+
+@intrinsic
+def copy_run(typing, to, source, count, nontemporal):  # type: ignore[no-untyped-def]  # numba calls it with its own objects
+    """Copies `count` bytes; the runs do not overlap."""
+    signature = types.void(*[types.intp] * 4)
+
+    def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        to, source, count, nontemporal = args
+        lanes = Lanes(b, 32)
+
+        def octets(start: ir.Value, end: ir.Value) -> None:
+            with cgutils.for_range(b, end, start=start) as i:
+                b.store(b.load(b.inttoptr(b.add(source, i.index), I8.as_pointer())), b.inttoptr(b.add(to, i.index), I8.as_pointer()))
+
+        def body(start: ir.Value, store: Any) -> ir.Value:
+            whole = b.sdiv(b.sub(count, start), word(VECTOR_BYTES))
+            blocks = b.sdiv(whole, word(UNROLL))
+
+            def move(first: ir.Value, vectors: int) -> None:
+                places = [b.add(start, b.mul(b.add(first, word(v)), word(VECTOR_BYTES))) for v in range(vectors)]
+                values = [lanes.load(lanes.pointer(b.add(source, place))) for place in places]
+                for value, place in zip(values, places, strict=True):
+                    store(value, lanes.pointer(b.add(to, place)))
+
+            with cgutils.for_range(b, blocks) as i:
+                move(b.mul(i.index, word(UNROLL)), UNROLL)
+            done = b.mul(blocks, word(UNROLL))
+            with cgutils.for_range(b, whole, start=done) as i:
+                move(i.index, 1)
+            return b.add(start, b.mul(whole, word(VECTOR_BYTES)))
+
+        with b.if_else(b.icmp_signed("!=", nontemporal, word(0))) as (around, through):
+            with around:
+                ahead = b.and_(b.neg(to), word(VECTOR_BYTES - 1))
+                head = b.select(b.icmp_signed("<", ahead, count), ahead, count)
+                octets(word(0), head)
+                octets(body(head, lanes.stream), count)
+            with through:
+                octets(body(word(0), lanes.store), count)
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+@functools.cache
+def concat_task() -> int:
+    """Address of the task of a concat: a range of rows, and of each source's row one of PIECES equal parts."""
+
+    def concat(params, index, slot):  # type: ignore[no-untyped-def]
+        p = words(params)
+        sources, rows, task_rows, pieces, nontemporal = p[0], p[1], p[2], p[3], p[4]
+        piece, row0 = index % pieces, index // pieces * task_rows
+        for row in range(row0, min(rows, row0 + task_rows)):
+            for j in range(sources):
+                s = words(params + 8 * (CONCAT_HEAD + j * CONCAT_WORDS))
+                start, end = s[4] * piece // pieces, s[4] * (piece + 1) // pieces
+                copy_run(s[2] + row * s[3] + start, s[0] + row * s[1] + start, end - start, nontemporal)
+
+    return task(concat)

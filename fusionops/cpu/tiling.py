@@ -1,0 +1,180 @@
+"""How a contraction is cut up for a CPU: register tile, output tile, depth of a chunk, filter blocks of a task. Pure arithmetic.
+
+Nothing here depends on the number of threads, and the order of every sum depends on the extents of one image and its filters
+alone: C and the taps fix the chunks, whatever the batch, the tile or the split of sources.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fusionops.cpu.simd import VECTOR_BYTES
+from fusionops.device import CpuDevice
+from fusionops.spec import FusionSpec, ITEM_BYTES, filter_reach
+
+WORD_BYTES = 8
+GROUP_WORDS = 5  # of a group of mr pixels that share their taps: r from, to; s from, to; pixels in use
+
+# Pixels of an output tile. Fewer, and the filters stream from the last-level cache more often than once per 64 flop/byte;
+# more, and the tile of a 512-channel map no longer stays in L2 beside a filter block.
+TILE_PIXELS = 256
+# Below this many tiles the tiles get smaller, so that every core of a small machine has some to take.
+ENOUGH_TILES = 32
+SMALLEST_TILE_PIXELS = 96
+WIDEST_TILE = 32
+# Filters of one task, in output channels: bounds the sums a task keeps when the reduction is cut into chunks.
+TASK_FILTERS = 256
+# Share of L2 for the filter chunk that all pixels of a tile are multiplied with; the tile itself takes about as much.
+FILTER_SHARE = 4
+# One vector wide tiles load nearly as often as they multiply: 78 % of the rate of wider ones (6×4, 9×3, 14×2 vectors all
+# reach the FMA peak, a 28×1 tile 0.78 of it; AVX-512 server core).
+ONE_VECTOR_EFFICIENCY = 0.78
+
+
+@dataclass(frozen=True, slots=True)
+class ConvTiling:
+    """Extents in elements, pixels or vectors; see `params` for the words they become.
+
+    bits, mr, nv   element width and register tile: mr pixels × nv vectors
+    tile_p, tile_q   output tile
+    depth          channels of one group that are summed at a time
+    blocks         filter blocks of nv vectors in a group; task_blocks of them to a task
+    groups_of_pixels   at most so many register tiles in an output tile
+    """
+
+    bits: int
+    mr: int
+    nv: int
+    tile_p: int
+    tile_q: int
+    rows: int
+    cols: int
+    depth: int
+    chunks: int
+    blocks: int
+    task_blocks: int
+    groups_of_pixels: int
+    packed_elements: int
+
+    @property
+    def item_bytes(self) -> int:
+        return self.bits // 8
+
+    @property
+    def width(self) -> int:
+        """Elements of a micropanel row."""
+        return self.nv * VECTOR_BYTES // self.item_bytes
+
+    @property
+    def areas(self) -> tuple[int, ...]:
+        """Bytes of each scratch area: tile, sums, pixels, output offsets, residual offsets, groups, one row of a residual."""
+        pixels = self.groups_of_pixels * self.mr
+        sizes = (
+            self.rows * self.cols * self.depth * self.item_bytes,
+            pixels * self.width * self.task_blocks * self.item_bytes,
+            pixels * WORD_BYTES,
+            pixels * WORD_BYTES,
+            pixels * WORD_BYTES,
+            self.groups_of_pixels * GROUP_WORDS * WORD_BYTES,
+            self.width * self.item_bytes,
+        )
+        return tuple(-(-size // VECTOR_BYTES) * VECTOR_BYTES for size in sizes)
+
+    @property
+    def scratch_bytes(self) -> int:
+        return sum(self.areas)
+
+    @property
+    def shared_bytes(self) -> int:
+        return self.packed_elements * self.item_bytes
+
+    def illegal_on(self, device: CpuDevice) -> tuple[str, ...]:
+        reasons = []
+        per_vector = VECTOR_BYTES // device.vector_bytes
+        registers = (self.mr * self.nv + self.nv) * per_vector + 1
+        if registers > device.vector_registers:
+            reasons.append(f"the register tile needs {registers} vector registers, {device.name} has {device.vector_registers}")
+        if self.scratch_bytes > SCRATCH_LIMIT:
+            reasons.append(f"needs {self.scratch_bytes} B of scratch a thread, the limit is {SCRATCH_LIMIT} B")
+        return tuple(reasons)
+
+
+SCRATCH_LIMIT = 4 * 1024 * 1024
+
+
+def register_tiles(device: CpuDevice) -> tuple[tuple[int, int], ...]:
+    """(mr, nv) that fill the registers without spilling: nv vectors of filters, one broadcast pixel, mr · nv sums."""
+    per_vector = VECTOR_BYTES // device.vector_bytes
+    tiles = []
+    for nv in (4, 3, 2, 1):
+        mr = (device.vector_registers - 1 - nv * per_vector) // (nv * per_vector)
+        if mr >= nv or nv == 1:
+            tiles.append((max(1, min(mr, 24)), nv))
+    return tuple(tiles)
+
+
+def choose_register_tile(filters: int, item_bytes: int, device: CpuDevice) -> tuple[int, int]:
+    """The tile that wastes the fewest columns on `filters` output channels; the widest of equals."""
+
+    def cost(tile: tuple[int, int]) -> float:
+        width = tile[1] * VECTOR_BYTES // item_bytes
+        return -(-filters // width) * tile[1] / (ONE_VECTOR_EFFICIENCY if tile[1] == 1 else 1.0)
+
+    return min(register_tiles(device), key=cost)
+
+
+def balanced(extent: int, limit: int) -> int:
+    """The extent of equal parts no larger than `limit`."""
+    return -(-extent // -(-extent // limit)) if extent else 1
+
+
+def plan(spec: FusionSpec, device: CpuDevice, *, flat: bool = False) -> ConvTiling:
+    """The tiling of a contraction. `flat`: a 1×1 filter, whose pixels may be taken as one row."""
+    conv = spec.conv
+    item = ITEM_BYTES[spec.dtype]
+    group_filters, group_channels = conv.K // conv.groups, spec.C // conv.groups
+    mr, nv = choose_register_tile(group_filters, item, device)
+    width = nv * VECTOR_BYTES // item
+    blocks = -(-group_filters // width)
+    task_blocks = balanced(blocks, max(1, TASK_FILTERS // width))
+
+    P, Q = (1, spec.N * spec.P * spec.Q) if flat else (spec.P, spec.Q)
+    tasks_of_filters = conv.groups * -(-blocks // task_blocks)
+    pixels = P * Q * (1 if flat else spec.N)
+    wanted = min(TILE_PIXELS, max(SMALLEST_TILE_PIXELS, pixels * tasks_of_filters // ENOUGH_TILES))
+    if flat:
+        tile_p, tile_q = 1, balanced(Q, -(-wanted // mr) * mr)
+    else:
+        tile_q = balanced(Q, min(WIDEST_TILE, max(Q // 8, 16)))
+        tile_p = balanced(P, max(1, wanted // tile_q))
+
+    depth = balanced(group_channels, max(16, device.l2_bytes // FILTER_SHARE // (conv.R * conv.S * width * item)))
+    while True:
+        tiling = _with_tile(spec, mr, nv, tile_p, tile_q, depth, blocks, task_blocks)
+        if tiling.scratch_bytes <= SCRATCH_LIMIT * 3 // 4 or (tile_p, tile_q) == (1, 1):
+            break
+        # A tile this large comes from a far-reaching filter: fewer pixels first, the order of sums must not depend on it.
+        tile_p, tile_q = (-(-tile_p // 2), tile_q) if tile_p >= tile_q else (tile_p, -(-tile_q // 2))
+    while tiling.scratch_bytes > SCRATCH_LIMIT and depth > 1:
+        depth = -(-depth // 2)
+        tiling = _with_tile(spec, mr, nv, tile_p, tile_q, depth, blocks, task_blocks)
+    return tiling
+
+
+def _with_tile(spec: FusionSpec, mr: int, nv: int, tile_p: int, tile_q: int, depth: int, blocks: int, task_blocks: int) -> ConvTiling:
+    conv = spec.conv
+    item = ITEM_BYTES[spec.dtype]
+    group_channels = spec.C // conv.groups
+    rows, cols = (
+        (tile - 1) * stride + filter_reach(taps, dilation)
+        for tile, stride, taps, dilation in zip((tile_p, tile_q), conv.stride, (conv.R, conv.S), conv.dilation, strict=True)
+    )
+    # Pixels that share their valid taps form runs of rows and of columns: at most one run per missing tap at either end.
+    runs = min(tile_p, 2 * conv.R - 1) * min(tile_q, 2 * conv.S - 1)
+    width = nv * VECTOR_BYTES // item
+    return ConvTiling(
+        bits=8 * item, mr=mr, nv=nv, tile_p=tile_p, tile_q=tile_q, rows=rows, cols=cols, depth=depth,
+        chunks=-(-group_channels // depth), blocks=blocks, task_blocks=task_blocks,
+        groups_of_pixels=tile_p * tile_q // mr + runs,
+        packed_elements=conv.groups * blocks * width * group_channels * conv.R * conv.S,
+    )  # fmt: skip

@@ -1,0 +1,38 @@
+"""Facts about a processor, as plain frozen data, so that plans can be computed and checked on any machine.
+
+Nothing here queries a machine: each backend builds the `Device` of its host; the named profiles serve the tests.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class CpuDevice:
+    """What the CPU kernels plan with.
+
+    vector_bytes       width of one vector register, bytes
+    vector_registers   architectural vector registers (16 on SSE and AVX2, 32 on AVX-512 and NEON)
+    fma                whether a fused multiply-add is one instruction
+    l1_bytes … l3_bytes   data cache of one core (L1, L2) and the share of the last level all cores see (L3), bytes
+    """
+
+    name: str
+    vector_bytes: int
+    vector_registers: int
+    fma: bool
+    l1_bytes: int
+    l2_bytes: int
+    l3_bytes: int
+
+
+KIB = 1024
+MIB = 1024 * KIB
+
+AVX512_SERVER = CpuDevice("avx512-server", 64, 32, True, 48 * KIB, 2 * MIB, 105 * MIB)
+AVX2_LAPTOP = CpuDevice("avx2-laptop", 32, 16, True, 32 * KIB, 512 * KIB, 16 * MIB)
+NEON_PHONE = CpuDevice("neon-phone", 16, 32, True, 64 * KIB, 512 * KIB, 4 * MIB)
+SSE2_GENERIC = CpuDevice("sse2-generic", 16, 16, False, 32 * KIB, 256 * KIB, 2 * MIB)
+
+CPU_PROFILES = (AVX512_SERVER, AVX2_LAPTOP, NEON_PHONE, SSE2_GENERIC)

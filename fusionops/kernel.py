@@ -1,0 +1,95 @@
+"""The contract a backend signs: kernels as records, and the arrays they are handed. Chooses and computes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from threading import Lock
+from typing import Any, Protocol
+
+from fusionops.spec import FusionSpec, Layout
+
+Array = Any  # a NumPy or CuPy array; which of the two is the backend's business
+
+
+class Config(Protocol):
+    """How a kernel runs one problem: frozen, hashable, computed from spec and device alone."""
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Memory one thread needs besides its operands, bytes."""
+
+    @property
+    def shared_bytes(self) -> int:
+        """Memory the whole call needs besides operands and per-thread scratch (packed filters), bytes."""
+
+    def illegal_on(self, device: Any) -> tuple[str, ...]:
+        """Every reason why `device` cannot run this config; empty means it can."""
+
+
+class Filters:
+    """Filters that are packed once for each kernel that wants them in an order of its own.
+
+    Made by `fusionops.prepack`; holds a read-only copy of the array it was given, so later writes to the original change nothing.
+    """
+
+    def __init__(self, array: Array, layout: Layout) -> None:
+        self.array = array.copy()
+        self.array.flags.writeable = False
+        self.layout = layout
+        self._packed: dict[object, Array] = {}
+        self._lock = Lock()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.array.shape)
+
+    def packed(self, key: object, pack: Callable[[Array], Array]) -> Array:
+        """The array in the order that `key` stands for, made by `pack` the first time it is asked for."""
+        try:
+            return self._packed[key]
+        except KeyError:
+            with self._lock:
+                if key not in self._packed:
+                    self._packed[key] = pack(self.array)
+                return self._packed[key]
+
+    def __repr__(self) -> str:
+        return f"Filters({self.array.shape} {self.array.dtype} {self.layout}, packed {len(self._packed)} ways)"
+
+
+@dataclass(slots=True)
+class Operands:
+    """The arrays of one call, by role, in the shapes the spec states; strides are the caller's.
+
+    weights    one per source: None, a float, or a vector (C,)
+    scales, shifts   one per source: None or a vector (C,)
+    filters    an array in the layout of the spec, or Filters
+    residual, residual_weight   the residual source and its weight
+    merged     receives the merged map when spec.return_sum
+    """
+
+    sources: tuple[Array, ...]
+    weights: tuple[Any, ...] = ()
+    scales: tuple[Any, ...] = ()
+    shifts: tuple[Any, ...] = ()
+    filters: Array | Filters | None = None
+    bias: Array | None = None
+    residual: Array | None = None
+    residual_weight: Any = None
+    merged: Array | None = None
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """An implementation of a region of the family.
+
+    unsupported(spec)   every reason it cannot run `spec` correctly; empty means it can. Legal, not fast: preference is dispatch's
+    plan(spec, device)  how it would run; pure
+    run(spec, config, operands, out)   writes out; validates nothing, decides nothing
+    """
+
+    name: str
+    unsupported: Callable[[FusionSpec], tuple[str, ...]]
+    plan: Callable[[FusionSpec, Any], Config]
+    run: Callable[[FusionSpec, Any, Operands, Array], None]
