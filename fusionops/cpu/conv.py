@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 
 from fusionops.cpu import params as at
-from fusionops.cpu.epilogue import finish_tile, scatter_tile
+from fusionops.cpu.epilogue import ask_for_output, finish_tile, scatter_tile
 from fusionops.cpu.jit import inline, task
 from fusionops.cpu.microkernel import gemm_tile
 from fusionops.cpu.prologue import load_tile
@@ -58,6 +58,7 @@ def group_pixels(params, scratch, mr, n, p0, p1, q0, q1):  # type: ignore[no-unt
         words(scratch + p[at.AT_GROUPS]),
     )  # fmt: skip
     stride_h, stride_w, dilation_h, dilation_w = p[at.STRIDE_H], p[at.STRIDE_W], p[at.DILATION_H], p[at.DILATION_W]
+    has_residual = p[at.RESIDUAL] != 0
     count = 0
     row = p0
     while row < p1:
@@ -82,8 +83,9 @@ def group_pixels(params, scratch, mr, n, p0, p1, q0, q1):  # type: ignore[no-unt
                     if i < used:
                         pixels[slot] = (a - p0) * stride_h * p[at.COLS] + (b - q0) * stride_w
                         outs[slot] = n * p[at.OUT_N] + a * p[at.OUT_P] + b * p[at.OUT_Q]
-                        residuals[slot] = (n * p[at.RESIDUAL_N] + a // p[at.RESIDUAL_UP_H] * p[at.RESIDUAL_P]
-                                           + b // p[at.RESIDUAL_UP_W] * p[at.RESIDUAL_Q])  # fmt: skip
+                        if has_residual:
+                            residuals[slot] = (n * p[at.RESIDUAL_N] + a // p[at.RESIDUAL_UP_H] * p[at.RESIDUAL_P]
+                                               + b // p[at.RESIDUAL_UP_W] * p[at.RESIDUAL_Q])  # fmt: skip
                         b += 1
                         if b == col_end:
                             a, b = a + 1, col
@@ -115,7 +117,7 @@ def conv_task(bits: int, mr: int, nv: int) -> int:
         h0, w0 = p0 * p[at.STRIDE_H] - p[at.PAD_TOP], q0 * p[at.STRIDE_W] - p[at.PAD_LEFT]
         count = group_pixels(params, scratch, mr, n, p0, p1, q0, q1)
         pixels, groups = scratch + p[at.AT_PIXELS], words(scratch + p[at.AT_GROUPS])
-        outs, residuals, row = scratch + p[at.AT_OUT], scratch + p[at.AT_RESIDUAL], scratch + p[at.AT_ROW]
+        outs, residuals, copy = scratch + p[at.AT_OUT], scratch + p[at.AT_RESIDUAL], scratch + p[at.AT_COPY]
         channels, filters = p[at.C] // p[at.GROUPS], p[at.K] // p[at.GROUPS]
         dense_rows = p[at.DILATION_W] == 1
         block0, block1 = part * p[at.TASK_BLOCKS], min(p[at.BLOCKS], (part + 1) * p[at.TASK_BLOCKS])
@@ -127,6 +129,15 @@ def conv_task(bits: int, mr: int, nv: int) -> int:
             for block in range(block0, block1):
                 panel = p[at.FILTERS] + ((group * p[at.BLOCKS] + block) * block_elements + p[at.R] * p[at.S] * c0 * width) * item
                 k0, used = group * filters + block * width, min(width, filters - block * width)
+                # While this block is multiplied, the next one comes to L2: the next of the task, or the first of the next chunk.
+                following, step = panel, 0
+                if block + 1 < block1:
+                    following, step = panel + block_elements * item, width * item // count + 1
+                elif not is_last:
+                    following = p[at.FILTERS] + ((group * p[at.BLOCKS] + block0) * block_elements
+                                                 + p[at.R] * p[at.S] * (c0 + depth) * width) * item  # fmt: skip
+                    step = width * item // count + 1
+                share = p[at.R] * p[at.S] * depth * step
                 for g in range(count):
                     head = g * GROUP_WORDS
                     r0, r1, s0, s1 = groups[head], groups[head + 1], groups[head + 2], groups[head + 3]
@@ -137,10 +148,12 @@ def conv_task(bits: int, mr: int, nv: int) -> int:
                     inner, run = s1 - s0, depth
                     if dense_rows:  # neighbouring taps are neighbours in the tile and in the panel: one longer run
                         inner, run = 1, (s1 - s0) * depth
-                    gemm_tile(bits, mr, nv, a, pixels + g * mr * 8, depth, r1 - r0, a_row, b_row, inner,
-                              p[at.DILATION_W] * depth, depth, run, b, sums, c0)  # fmt: skip
                     if is_last:
-                        finish_tile(bits, width, params, sums, outs + g * mr * 8, residuals + g * mr * 8, row, groups[head + 4], k0, used)
+                        ask_for_output(bits, params, outs + g * mr * 8, residuals + g * mr * 8, groups[head + 4], k0, used)
+                    gemm_tile(bits, mr, nv, a, pixels + g * mr * 8, depth, r1 - r0, a_row, b_row, inner,
+                              p[at.DILATION_W] * depth, depth, run, b, sums, c0, following + g * share, step)  # fmt: skip
+                    if is_last:
+                        finish_tile(bits, width, params, sums, outs + g * mr * 8, residuals + g * mr * 8, copy, groups[head + 4], k0, used)
                 if is_last and p[at.OUT_K] != 1:
                     for g in range(count):
                         sums = scratch + p[at.AT_SUMS] + ((block - block0) * count + g) * mr * width * item

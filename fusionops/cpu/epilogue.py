@@ -16,42 +16,50 @@ from fusionops.cpu import activation as activations
 from fusionops.cpu import params as at
 from fusionops.cpu.jit import inline
 from fusionops.cpu.prologue import rounded, vector_loop
-from fusionops.cpu.simd import Lanes, doubles, elements, word, words
+from fusionops.cpu.simd import I64, Lanes, doubles, elements, prefetch_read, prefetch_write, word, words
 
 
 @intrinsic(prefer_literal=True)
-def finish_run(typing, bits, to, sums, count, bias, residual, activation, slope):  # type: ignore[no-untyped-def]  # noqa: E501  # numba calls it with its own objects
-    """to[i] = activation(sums[i] + bias[i] + residual[i]) for a run of channels; address 0 for no bias or residual."""
+def finish_rows(typing, bits, rows, to, places, sums, step, count, bias, residual, residual_places, activation, slope):  # type: ignore[no-untyped-def]  # noqa: E501  # numba calls it with its own objects
+    """to[places[r] + i] = activation(sums[r·step + i] + bias[i] + residual[residual_places[r] + i]) for runs of channels.
+
+    Address 0 stands for no bias, no residual; for places it stands for r·step.
+    """
     if not isinstance(bits, types.IntegerLiteral):
         return None
-    signature = types.void(bits, *[types.intp] * 6, types.float64)
+    signature = types.void(bits, *[types.intp] * 10, types.float64)
 
     def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        _, to, sums, count, bias, residual, activation, slope = args
+        _, rows, to, places, sums, step, count, bias, residual, residual_places, activation, slope = args
         lanes = Lanes(b, bits.literal_value)
         has_bias, has_residual = (b.icmp_signed("!=", address, word(0)) for address in (bias, residual))
-        to, sums, bias, residual = (lanes.pointer(address) for address in (to, sums, bias, residual))
+        first_to, first_sum, bias, first_residual = (lanes.pointer(address) for address in (to, sums, bias, residual))
         slopes = lanes.splat(b.fptrunc(slope, lanes.scalar) if lanes.bits == 32 else slope)
         value = cgutils.alloca_once(b, lanes.type)
+        even = cgutils.alloca_once(b, I64)
+
+        def row_start(table: ir.Value, r: ir.Value, base: ir.Value) -> ir.Value:
+            """base + table[r], or base + r·step; the address of a word that is there stands in for a missing table."""
+            regular = b.mul(r, step)
+            b.store(regular, even)
+            missing = b.icmp_signed("==", table, word(0))
+            entry = b.gep(b.inttoptr(table, I64.as_pointer()), [r])
+            return b.gep(base, [b.load(b.select(missing, even, entry))])
 
         def run(name: str | None) -> None:
-            def body(offset: ir.Value, mask: ir.Value | None) -> None:
-                def load(base: ir.Value) -> ir.Value:
-                    place = b.gep(base, [offset])
-                    return lanes.load(place) if mask is None else lanes.masked_load(place, mask)
+            with cgutils.for_range(b, rows) as r:
+                to, sums = row_start(places, r.index, first_to), b.gep(first_sum, [b.mul(r.index, step)])
+                residual = row_start(residual_places, r.index, first_residual)
 
-                b.store(load(sums), value)
-                for present, base in ((has_bias, bias), (has_residual, residual)):
-                    with b.if_then(present):
-                        b.store(b.fadd(b.load(value), load(base)), value)
-                result = activations.apply(name, lanes, b.load(value), slopes)
-                place = b.gep(to, [offset])
-                if mask is None:
-                    lanes.store(result, place)
-                else:
-                    lanes.masked_store(result, place, mask)
+                def body(offset: ir.Value, mask: ir.Value | None) -> None:
+                    b.store(lanes.load_part(b.gep(sums, [offset]), mask), value)
+                    for present, base in ((has_bias, bias), (has_residual, residual)):
+                        with b.if_then(present):
+                            b.store(b.fadd(b.load(value), lanes.load_part(b.gep(base, [offset]), mask)), value)
+                    result = activations.apply(name, lanes, b.load(value), slopes)
+                    lanes.store_part(result, b.gep(to, [offset]), mask)
 
-            vector_loop(b, lanes, count, body)
+                vector_loop(b, lanes, count, body)
 
         done = b.append_basic_block("finished")
         choice = b.switch(activation, done)
@@ -65,6 +73,19 @@ def finish_run(typing, bits, to, sums, count, bias, residual, activation, slope)
         return context.get_dummy_value()
 
     return signature, codegen
+
+
+@inline
+def ask_for_output(bits, params, out_at, residual_at, count, k0, channels):  # type: ignore[no-untyped-def]
+    """Starts the cache misses of finish_tile before the sums are computed, so that they end meanwhile."""
+    p = words(params)
+    item = bits // 8
+    offsets, residual_offsets = words(out_at), words(residual_at)
+    for i in range(count):
+        if p[at.OUT_K] == 1:
+            prefetch_write(p[at.OUT] + (offsets[i] + k0) * item, channels * item)
+        if p[at.RESIDUAL] != 0 and p[at.RESIDUAL_K] == 1:
+            prefetch_read(p[at.RESIDUAL] + (residual_offsets[i] + k0) * item, channels * item)
 
 
 @inline
@@ -86,26 +107,23 @@ def load_residual(bits, params, to, pixel, first, count):  # type: ignore[no-unt
 
 
 @inline
-def finish_tile(bits, width, params, sums, out_at, residual_at, row, count, k0, channels):  # type: ignore[no-untyped-def]
+def finish_tile(bits, width, params, sums, out_at, residual_at, copy, count, k0, channels):  # type: ignore[no-untyped-def]
     """Finishes `count` pixels of `channels` filters from k0 on: straight to an output that is contiguous along k, else in place."""
     p = words(params)
     item = bits // 8
     bias = p[at.BIAS] + k0 * item if p[at.BIAS] != 0 else 0
-    copies = p[at.RESIDUAL] != 0 and (p[at.RESIDUAL_K] != 1 or p[at.RESIDUAL_WEIGHT] != at.WEIGHT_NONE)
-    activation, slope = p[at.ACTIVATION], doubles(params)[at.SLOPE]
-    offsets, residual_offsets = words(out_at), words(residual_at)
-    for i in range(count):
-        here = sums + i * width * item
-        to = here
-        if p[at.OUT_K] == 1:
-            to = p[at.OUT] + (offsets[i] + k0) * item
-        residual = 0
-        if copies:
-            load_residual(bits, params, row, residual_offsets[i], k0, channels)
-            residual = row
-        elif p[at.RESIDUAL] != 0:
-            residual = p[at.RESIDUAL] + (residual_offsets[i] + k0) * item
-        finish_run(bits, to, here, channels, bias, residual, activation, slope)
+    to, places = sums, 0
+    if p[at.OUT_K] == 1:
+        to, places = p[at.OUT] + k0 * item, out_at
+    residual = 0
+    if p[at.RESIDUAL] != 0:
+        if p[at.RESIDUAL_K] != 1 or p[at.RESIDUAL_WEIGHT] != at.WEIGHT_NONE:
+            for i in range(count):
+                load_residual(bits, params, copy + i * width * item, words(residual_at)[i], k0, channels)
+            residual, residual_at = copy, 0
+        else:
+            residual = p[at.RESIDUAL] + k0 * item
+    finish_rows(bits, count, to, places, sums, width, channels, bias, residual, residual_at, p[at.ACTIVATION], doubles(params)[at.SLOPE])
 
 
 @inline

@@ -7,18 +7,21 @@ from __future__ import annotations
 
 import functools
 import math
+import struct
+import sys
+from array import array
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from fusionops.cpu import activation, conv, params as at, threads
-from fusionops.cpu.memory import ALIGNMENT, WORKSPACE, address, aligned
+from fusionops.cpu.memory import ALIGNMENT, WORKSPACE, Area, address, allocate
 from fusionops.cpu.tiling import ConvTiling
 from fusionops.kernel import Filters, Operands
 from fusionops.spec import Conv2d, Dense, FusionSpec, Layout, Merge, SourceSpec
 
-AREAS = (at.AT_SUMS, at.AT_PIXELS, at.AT_OUT, at.AT_RESIDUAL, at.AT_GROUPS, at.AT_ROW)
+AREAS = (at.AT_SUMS, at.AT_PIXELS, at.AT_OUT, at.AT_RESIDUAL, at.AT_GROUPS, at.AT_COPY)
 WEIGHT_KINDS = {None: at.WEIGHT_NONE, "scalar": at.WEIGHT_SCALAR, "vector": at.WEIGHT_VECTOR}
 
 Strides = tuple[int, ...]
@@ -47,7 +50,6 @@ def _source_words(spec: FusionSpec, source: SourceSpec, steps: Strides, first: i
     return [0, *steps, *source.upsample, channels, first, WEIGHT_KINDS[source.weight], 0, 0]
 
 
-@functools.lru_cache(maxsize=512)
 def block(spec: FusionSpec, tiling: ConvTiling, strides: tuple[Strides, ...], out: Strides, residual: Strides | None) -> Block:
     """The fixed words. Pure."""
     conv2d, item = spec.conv, tiling.item_bytes
@@ -128,72 +130,104 @@ def _same_area(pixels: int, P: int, Q: int) -> tuple[int, int]:
     return max(1, min(P, pixels // max(1, tile_q))), max(1, tile_q)
 
 
-def pack(tiling: ConvTiling, spec: FusionSpec, filters: np.ndarray[Any, Any], packed: int) -> None:
-    """Writes the filters in the order of the task to the address `packed`."""
+def filter_words(spec: FusionSpec, tiling: ConvTiling, strides: Strides) -> list[int]:
+    """The words of the packing task but for its two addresses."""
     conv2d, item = spec.conv, tiling.item_bytes
-    steps = [step // item for step in filters.strides]
+    steps = [step // item for step in strides]
     if isinstance(spec.contraction, Dense):
         steps = [0, 0, *steps]
     elif spec.layout is Layout.NCHW:
         steps = [steps[2], steps[3], steps[1], steps[0]]
-    group_channels = spec.C // conv2d.groups
-    words = np.array(
-        [packed, address(filters), *steps, conv2d.R, conv2d.S, group_channels, conv2d.K // conv2d.groups, tiling.depth,
-         tiling.width, tiling.blocks], np.int64
-    )  # fmt: skip
-    tasks = conv2d.groups * tiling.blocks
-    threads_used = threads.get_num_threads() if tiling.packed_elements > PARALLEL_PACKING else 1
-    threads.parallel_for(conv.pack_task(tiling.bits), address(words), tasks, threads_used, 1.0)
+    return [0, 0, *steps, conv2d.R, conv2d.S, spec.C // conv2d.groups, conv2d.K // conv2d.groups, tiling.depth,
+            tiling.width, tiling.blocks]  # fmt: skip
 
 
-PARALLEL_PACKING = 1 << 16  # elements: fewer are packed in less time than a second thread takes to wake
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """All of a call that its arrays' addresses do not decide."""
+
+    block: Block
+    words: array[int]
+    task: int
+    slot_bytes: int
 
 
-def packed_array(tiling: ConvTiling, spec: FusionSpec, filters: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """The packed filters in an array of their own, for Filters to keep."""
-    made = np.empty(tiling.shared_bytes + ALIGNMENT, np.uint8)
-    pack(tiling, spec, filters, aligned(made))
-    return made
+@functools.lru_cache(maxsize=512)
+def prepare(spec: FusionSpec, tiling: ConvTiling, sources: tuple[Strides, ...], out: Strides, residual: Strides | None) -> Prepared:
+    fixed = block(spec, tiling, sources, out, residual)
+    task = conv.conv_task(tiling.bits, tiling.mr, tiling.nv)
+    return Prepared(fixed, array("q", fixed.words.tobytes()), task, int(fixed.words[at.SCRATCH_BYTES]))
+
+
+@functools.lru_cache(maxsize=512)
+def prepare_packing(spec: FusionSpec, tiling: ConvTiling, strides: Strides) -> tuple[array[int], int, int]:
+    """Words, task and number of tasks of filter packing."""
+    return array("q", filter_words(spec, tiling, strides)), conv.pack_task(tiling.bits), spec.conv.groups * tiling.blocks
+
+
+def pack(spec: FusionSpec, tiling: ConvTiling, filters: np.ndarray[Any, Any], packed: int) -> None:
+    """Writes the filters in the order of the task to the address `packed`."""
+    template, task, tasks = prepare_packing(spec, tiling, filters.strides)
+    words = template[:]
+    words[0], words[1] = packed, address(filters)
+    threads.parallel_for(task, words.buffer_info()[0], tasks, threads.get_num_threads(), PACKING_FLOPS * tiling.packed_elements / tasks)
+
+
+PACKING_FLOPS = 32.0  # what computes as long as one element is copied: 4 bytes at 16 GB/s against 120 GFLOP/s
 
 
 def run(spec: FusionSpec, tiling: ConvTiling, operands: Operands, out: np.ndarray[Any, Any]) -> None:
     """Writes the result of a contraction to `out`."""
-    residual = operands.residual
-    fixed = block(spec, tiling, tuple([source.strides for source in operands.sources]), out.strides,
-                  None if residual is None else residual.strides)  # fmt: skip
-    words = fixed.words.copy()
-    count = threads.get_num_threads() if fixed.tasks > 1 else 1
-    slot_bytes = int(words[at.SCRATCH_BYTES])
-    keeps = isinstance(operands.filters, Filters)
-    area = WORKSPACE.borrow(slot_bytes * count + (0 if keeps else tiling.shared_bytes))
+    residual, filters = operands.residual, operands.filters
+    strides = tuple([source.strides for source in operands.sources])
+    prepared = prepare(spec, tiling, strides, out.strides, None if residual is None else residual.strides)
+    words = prepared.words[:]
+    count = threads.get_num_threads()
+    slots_bytes = prepared.slot_bytes * count
+    packs = not isinstance(filters, Filters)
+    area = WORKSPACE.borrow(slots_bytes + tiling.shared_bytes if packs else slots_bytes)
     try:
-        start = aligned(area)
-        if isinstance(operands.filters, Filters):
-            made = operands.filters.packed((tiling.mr, tiling.nv, tiling.depth, spec.conv.groups, spec.layout), lambda array: packed_array(tiling, spec, array))
-            words[at.FILTERS] = aligned(made)
+        words[at.SCRATCH] = area.start
+        if packs:
+            words[at.FILTERS] = area.start + slots_bytes
+            pack(spec, tiling, filters, area.start + slots_bytes)
         else:
-            words[at.FILTERS] = start + slot_bytes * count
-            pack(tiling, spec, operands.filters, start + slot_bytes * count)
-        words[at.SCRATCH] = start
+            words[at.FILTERS] = _kept(spec, tiling, filters).start
         words[at.OUT] = address(out)
         if operands.bias is not None:
             words[at.BIAS] = address(operands.bias)
         if residual is not None:
             words[at.RESIDUAL] = address(residual)
-            _put_weight(words, at.RESIDUAL_FACTOR, operands.residual_weight)
-        for j, source in enumerate(operands.sources):
-            words[at.SOURCES + at.SOURCE_WORDS * j] = address(source)
+            words[at.RESIDUAL_FACTOR] = weight_word(operands.residual_weight)
+        place = at.SOURCES
+        for source in operands.sources:
+            words[place] = address(source)
+            place += at.SOURCE_WORDS
         for j, weight in enumerate(operands.weights):
-            _put_weight(words, at.SOURCES + at.SOURCE_WORDS * j + at.S_FACTOR, weight)
-        threads.parallel_for(conv.conv_task(tiling.bits, tiling.mr, tiling.nv), address(words), fixed.tasks, count, fixed.flops_per_task)
+            if weight is not None:
+                words[at.SOURCES + at.SOURCE_WORDS * j + at.S_FACTOR] = weight_word(weight)
+        fixed = prepared.block
+        threads.parallel_for(prepared.task, words.buffer_info()[0], fixed.tasks, count, fixed.flops_per_task)
     finally:
         WORKSPACE.give_back(area)
 
 
-def _put_weight(words: np.ndarray[Any, Any], place: int, weight: Any) -> None:
+def _kept(spec: FusionSpec, tiling: ConvTiling, filters: Filters) -> Area:
+    """The packed form that the filters keep for this tiling, made the first time."""
+
+    def make(unpacked: np.ndarray[Any, Any]) -> Area:
+        area = allocate(tiling.shared_bytes)
+        pack(spec, tiling, unpacked, area.start)
+        return area
+
+    kept: Area = filters.packed((tiling.bits, tiling.nv, tiling.depth, spec.conv.groups, type(spec.contraction)), make)
+    return kept
+
+
+def weight_word(weight: Any) -> int:
+    """A weight as a word: the address of a vector, or the bits of a float64."""
     if weight is None:
-        return
+        return 0
     if isinstance(weight, np.ndarray):
-        words[place] = address(weight)
-    else:
-        words.view(np.float64)[place] = weight
+        return address(weight)
+    return int.from_bytes(struct.pack("=d", weight), sys.byteorder, signed=True)

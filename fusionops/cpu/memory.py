@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from threading import Lock
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -38,43 +38,46 @@ def address(array: np.ndarray[Any, Any]) -> int:
     return _pointer_at(id(array) + _OFFSET).value or 0
 
 
+@dataclass(slots=True)
+class Area:
+    """A stretch of memory: `start` is a multiple of ALIGNMENT, `size` bytes from there on are usable."""
+
+    array: np.ndarray[Any, Any]
+    start: int
+    size: int
+
+
+def allocate(size: int) -> Area:
+    """An area with arbitrary contents."""
+    array = np.empty(size + ALIGNMENT, np.uint8)
+    return Area(array, -(-address(array) // ALIGNMENT) * ALIGNMENT, size)
+
+
 class Workspace:
     """Scratch memory that calls borrow and give back, so that the pages of a call are warm for the next one.
 
-    At most `keep` areas of at most `largest` bytes are kept.
+    At most `keep` areas of at most `largest` bytes are kept. Needs no lock: a list hands each of its items out once.
     """
 
     def __init__(self, keep: int = 4, largest: int = 32 * 1024 * 1024) -> None:
         self.keep, self.largest = keep, largest
-        self._free: list[np.ndarray[Any, Any]] = []
-        self._lock = Lock()
+        self._free: list[Area] = []
 
-    def borrow(self, size: int) -> np.ndarray[Any, Any]:
-        """An array of at least `size` + ALIGNMENT bytes with arbitrary contents."""
-        with self._lock:
-            for i, area in enumerate(self._free):
-                if area.size >= size + ALIGNMENT:
-                    return self._free.pop(i)
-        return np.empty(size + ALIGNMENT, np.uint8)
+    def borrow(self, size: int) -> Area:
+        """An area of at least `size` bytes with arbitrary contents."""
+        try:
+            area = self._free.pop()
+        except IndexError:
+            return allocate(size)
+        return area if area.size >= size else allocate(size)
 
-    def give_back(self, area: np.ndarray[Any, Any]) -> None:
-        if area.size > self.largest:
-            return
-        with self._lock:
+    def give_back(self, area: Area) -> None:
+        if area.size <= self.largest and len(self._free) < self.keep:
             self._free.append(area)
-            self._free.sort(key=len)
-            if len(self._free) > self.keep:
-                self._free.pop(0)
 
     def clear(self) -> None:
         """Returns all kept memory to the system."""
-        with self._lock:
-            self._free.clear()
+        self._free.clear()
 
 
 WORKSPACE = Workspace()
-
-
-def aligned(area: np.ndarray[Any, Any]) -> int:
-    """The first address in the area that is a multiple of ALIGNMENT."""
-    return -(-address(area) // ALIGNMENT) * ALIGNMENT

@@ -28,7 +28,7 @@ ROWS, COLS = 25, 26  # input rows and columns that a tile reads
 # Where things are
 SCRATCH = 27
 SCRATCH_BYTES = 28  # of one slot
-AT_SUMS, AT_PIXELS, AT_OUT, AT_RESIDUAL, AT_GROUPS, AT_ROW = 29, 30, 31, 32, 33, 34  # bytes from the slot's start
+AT_SUMS, AT_PIXELS, AT_OUT, AT_RESIDUAL, AT_GROUPS, AT_COPY = 29, 30, 31, 32, 33, 34  # bytes from the slot's start
 FILTERS = 35  # packed
 OUT = 36
 OUT_N, OUT_P, OUT_Q, OUT_K = 37, 38, 39, 40

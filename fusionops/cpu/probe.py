@@ -27,7 +27,7 @@ def _peak_task(bits: int, mr: int, nv: int) -> int:
     def multiply(params, index, slot):  # type: ignore[no-untyped-def]
         p = words(params)
         for _ in range(p[0]):
-            gemm_tile(bits, mr, nv, p[1], p[2], 0, 1, 0, 0, 1, 0, 0, p[3], p[4], p[5] + slot * p[6], 0)
+            gemm_tile(bits, mr, nv, p[1], p[2], 0, 1, 0, 0, 1, 0, 0, p[3], p[4], p[5] + slot * p[6], 0, p[4], 0)
 
     return task(multiply)
 

@@ -15,7 +15,7 @@ from numba.extending import intrinsic
 
 from fusionops.cpu import params as at
 from fusionops.cpu.jit import inline
-from fusionops.cpu.simd import Lanes, doubles, elements, word, words
+from fusionops.cpu.simd import Lanes, doubles, elements, prefetch_read, word, words
 
 
 def vector_loop(b: ir.IRBuilder, lanes: Lanes, count: ir.Value, body: Any) -> None:
@@ -30,37 +30,35 @@ def vector_loop(b: ir.IRBuilder, lanes: Lanes, count: ir.Value, body: Any) -> No
 
 
 @intrinsic(prefer_literal=True)
-def merge_run(typing, bits, to, source, count, weight, factor, weights, accumulate):  # type: ignore[no-untyped-def]  # noqa: E501  # numba calls it with its own objects
-    """to[i] (+)= source[i] · (1 | factor | weights[i]) for a run of channels; each product and each sum rounded by itself."""
+def merge_rows(typing, bits, to, to_step, source, step, rows, count, weight, factor, weights, accumulate):  # type: ignore[no-untyped-def]  # noqa: E501  # numba calls it with its own objects
+    """to[r·to_step + i] (+)= source[r·step + i] · (1 | factor | weights[i]) for runs of channels; products and sums rounded one by one."""
     if not isinstance(bits, types.IntegerLiteral):
         return None
-    signature = types.void(bits, types.intp, types.intp, types.intp, types.intp, types.float64, types.intp, types.intp)
+    signature = types.void(bits, *[types.intp] * 7, types.float64, types.intp, types.intp)
 
     def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        _, to, source, count, weight, factor, weights, accumulate = args
+        _, to, to_step, source, step, rows, count, weight, factor, weights, accumulate = args
         lanes = Lanes(b, bits.literal_value)
-        to, source, weights = lanes.pointer(to), lanes.pointer(source), lanes.pointer(weights)
+        first_to, first_source, weights = lanes.pointer(to), lanes.pointer(source), lanes.pointer(weights)
         scalar = b.fptrunc(factor, lanes.scalar) if lanes.bits == 32 else factor
         splat = lanes.splat(scalar)
 
         def run(kind: int, resume: bool) -> None:
-            def body(offset: ir.Value, mask: ir.Value | None) -> None:
-                def load(base: ir.Value) -> ir.Value:
-                    place = b.gep(base, [offset])
-                    return lanes.load(place) if mask is None else lanes.masked_load(place, mask)
+            with cgutils.for_range(b, rows) as r:
+                to, source = b.gep(first_to, [b.mul(r.index, to_step)]), b.gep(first_source, [b.mul(r.index, step)])
 
-                value = load(source)
-                if kind != at.WEIGHT_NONE:
-                    value = b.fmul(value, splat if kind == at.WEIGHT_SCALAR else load(weights))
-                if resume:
-                    value = b.fadd(load(to), value)
-                place = b.gep(to, [offset])
-                if mask is None:
-                    lanes.store(value, place)
-                else:
-                    lanes.masked_store(value, place, mask)
+                def body(offset: ir.Value, mask: ir.Value | None) -> None:
+                    def load(base: ir.Value) -> ir.Value:
+                        return lanes.load_part(b.gep(base, [offset]), mask)
 
-            vector_loop(b, lanes, count, body)
+                    value = load(source)
+                    if kind != at.WEIGHT_NONE:
+                        value = b.fmul(value, splat if kind == at.WEIGHT_SCALAR else load(weights))
+                    if resume:
+                        value = b.fadd(load(to), value)
+                    lanes.store_part(value, b.gep(to, [offset]), mask)
+
+                vector_loop(b, lanes, count, body)
 
         for kind in (at.WEIGHT_NONE, at.WEIGHT_SCALAR, at.WEIGHT_VECTOR):
             with b.if_then(b.icmp_signed("==", weight, word(kind))):
@@ -119,6 +117,10 @@ def load_tile(bits, params, to, n, h0, w0, c0, depth):  # type: ignore[no-untype
         for h in range(h_from, h_to):
             row = base + (h // up_h) * s[at.S_H] * item
             line = to + (((h - h0) * cols + (w_from - w0)) * depth + (c_from - c0)) * item
+            if s[at.S_C] == 1 and h + up_h < h_to:  # the row after this one, whose start no hardware prefetcher guesses
+                ahead = base + ((h + up_h) // up_h * s[at.S_H] + w_from // up_w * step_w) * item
+                if step_w == count:
+                    prefetch_read(ahead, (w_to - w_from) // up_w * count * item)
             if s[at.S_C] != 1:
                 if up_w == 1:
                     merge_strided(bits, line, depth, row + w_from * step_w * item, step_w, w_to - w_from, s[at.S_C], count,
@@ -128,13 +130,17 @@ def load_tile(bits, params, to, n, h0, w0, c0, depth):  # type: ignore[no-untype
                         merge_strided(bits, line + (w - w_from) * depth * item, depth, row + (w // up_w) * step_w * item, 0, 1,
                                       s[at.S_C], count, weight, rounded(bits, factor), weights, accumulate)  # fmt: skip
             elif up_w == 1 and count == depth and step_w == depth and weight != at.WEIGHT_VECTOR:
-                merge_run(bits, line, row + w_from * step_w * item, (w_to - w_from) * depth, weight, factor, weights, accumulate)
+                merge_rows(bits, line, 0, row + w_from * step_w * item, 0, 1, (w_to - w_from) * depth, weight, factor, weights, accumulate)
             elif up_w == 1:
-                for w in range(w_from, w_to):
-                    merge_run(bits, line + (w - w_from) * depth * item, row + w * step_w * item, count, weight, factor, weights, accumulate)
-            else:
-                for w in range(w_from, w_to):
-                    merge_run(bits, line + (w - w_from) * depth * item, row + (w // up_w) * step_w * item, count, weight, factor, weights, accumulate)
+                merge_rows(bits, line, depth, row + w_from * step_w * item, step_w, w_to - w_from, count, weight, factor, weights, accumulate)
+            else:  # each stored pixel is repeated, up_w times but at the tile's edges
+                w = w_from
+                while w < w_to:
+                    stored = w // up_w
+                    end = min(w_to, (stored + 1) * up_w)
+                    merge_rows(bits, line + (w - w_from) * depth * item, depth, row + stored * step_w * item, 0, end - w, count,
+                               weight, factor, weights, accumulate)  # fmt: skip
+                    w = end
 
 
 @intrinsic(prefer_literal=True)

@@ -60,6 +60,15 @@ class Lanes:
         store.align = VECTOR_BYTES
         store.set_metadata("nontemporal", self.b.module.add_metadata([ir.Constant(I32, 1)]))
 
+    def prefetch(self, pointer: ir.Value, *, write: bool = False, level: int = 1) -> None:
+        """Asks for the cache line at `pointer` in L1 or L2; any address is legal."""
+        octet = I8.as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [octet, I32, I32, I32])
+        function = cgutils.get_or_insert_function(self.b.module, kind, "llvm.prefetch.p0")
+        locality = {1: 3, 2: 2}[level]
+        flags = [ir.Constant(I32, int(write)), ir.Constant(I32, locality), ir.Constant(I32, 1)]
+        self.b.call(function, [self.b.bitcast(pointer, octet), *flags])
+
     def tail_mask(self, count: ir.Value) -> ir.Value:
         """True in the first `count` lanes."""
         iota = ir.Constant(ir.VectorType(I64, self.count), list(range(self.count)))
@@ -74,6 +83,16 @@ class Lanes:
         kind = ir.FunctionType(ir.VoidType(), [self.type, self.type.as_pointer(), I32, self.mask])
         function = cgutils.get_or_insert_function(self.b.module, kind, f"llvm.masked.store.{self.suffix}.p0")
         self.b.call(function, [value, self._vector_pointer(pointer), ir.Constant(I32, 1), mask])
+
+    def load_part(self, pointer: ir.Value, mask: ir.Value | None) -> ir.Value:
+        """A whole vector, or the lanes of `mask`."""
+        return self.load(pointer) if mask is None else self.masked_load(pointer, mask)
+
+    def store_part(self, value: ir.Value, pointer: ir.Value, mask: ir.Value | None) -> None:
+        if mask is None:
+            self.store(value, pointer)
+        else:
+            self.masked_store(value, pointer, mask)
 
     # values
 
@@ -125,6 +144,28 @@ class Lanes:
             at = ir.Constant(I32, lane)
             x = self.b.insert_element(x, self.b.call(callee, [self.b.extract_element(x, at)]), at)
         return x
+
+
+def _prefetch_intrinsic(write: bool) -> Any:
+    @intrinsic
+    def prefetch(typing, address, count):  # type: ignore[no-untyped-def]  # numba calls it with its own objects
+        """Asks for `count` bytes from `address` on."""
+
+        def codegen(context, b, signature, args):  # type: ignore[no-untyped-def]
+            lanes = Lanes(b, 32)
+            lines = b.sdiv(b.add(args[1], word(VECTOR_BYTES - 1)), word(VECTOR_BYTES))
+            with cgutils.for_range(b, lines) as line:
+                here = b.add(args[0], b.mul(line.index, word(VECTOR_BYTES)))
+                lanes.prefetch(lanes.pointer(here), write=write)
+            return context.get_dummy_value()
+
+        return types.void(types.intp, types.intp), codegen
+
+    return prefetch
+
+
+prefetch_read = _prefetch_intrinsic(False)
+prefetch_write = _prefetch_intrinsic(True)
 
 
 def _pointer_intrinsic(numba_type: Any, ir_type: ir.Type) -> Any:

@@ -11,14 +11,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from array import array
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from fusionops.cpu import activation, params as at, threads
+from fusionops.cpu.launch import weight_word
 from fusionops.cpu.memory import address
-from fusionops.cpu.streaming import CONCAT_HEAD, CONCAT_WORDS, HEAD, add_task, concat_task, operand_words
+from fusionops.cpu.streaming import CONCAT_HEAD, CONCAT_WORDS, HEAD, STAGE_BYTES, add_task, concat_task, operand_words
 from fusionops.device import CpuDevice
 from fusionops.kernel import Kernel, Operands
 from fusionops.spec import ITEM_BYTES, Direction, FusionSpec, Merge, SourceSpec
@@ -26,6 +28,7 @@ from fusionops.spec import ITEM_BYTES, Direction, FusionSpec, Merge, SourceSpec
 # Outputs from this size on are stored around the caches. Below it the next reader finds them in the last level.
 STREAM_BYTES = 1 << 25
 SPAN_BYTES = 1 << 17  # of the output that a task owns: some 10 µs, enough to hide handing it out
+SPAN_FLOPS = 1.5e6  # which take as long
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +108,7 @@ def _factors(source: SourceSpec, spec: FusionSpec, rank: int) -> list[int]:
 
 
 @functools.lru_cache(maxsize=512)
-def add_block(spec: FusionSpec, config: StreamConfig, out: tuple[int, ...], strides: tuple[tuple[int, ...], ...]) -> tuple[np.ndarray[Any, Any], int]:
+def add_block(spec: FusionSpec, config: StreamConfig, out: tuple[int, ...], strides: tuple[tuple[int, ...], ...]) -> tuple[array[int], int]:
     """The fixed words of an add, and its number of tasks. Pure."""
     shape = spec.merged_shape or (1,)
     rank, item = len(shape), ITEM_BYTES[spec.dtype]
@@ -135,24 +138,21 @@ def add_block(spec: FusionSpec, config: StreamConfig, out: tuple[int, ...], stri
         start = HEAD + depth + size * j
         kind = kinds[spec.sources[j - 1].weight] if j else at.WEIGHT_NONE
         words[start : start + size] = [0, kind, 0, *step, *factor]
-    return words, -(-rows // task_rows) * pieces
+    return array("q", words.tobytes()), -(-rows // task_rows) * pieces
 
 
 def run_add(spec: FusionSpec, config: StreamConfig, operands: Operands, out: np.ndarray[Any, Any]) -> None:
     """Writes the sum of sources of one dtype to `out`."""
     fixed, tasks = add_block(spec, config, out.strides, tuple([source.strides for source in operands.sources]))
-    words = fixed.copy()
-    depth = int(words[1])
+    words = fixed[:]
+    depth = words[1]
     size, start = operand_words(depth), HEAD + depth
     words[start] = address(out)
     for j, source in enumerate(operands.sources, 1):
         words[start + j * size] = address(source)
     for j, weight in enumerate(operands.weights, 1):
-        if isinstance(weight, np.ndarray):
-            words[start + j * size + 2] = address(weight)
-        elif weight is not None:
-            words.view(np.float64)[start + j * size + 2] = weight
-    threads.parallel_for(add_task(8 * ITEM_BYTES[spec.dtype]), address(words), tasks, threads.get_num_threads() if tasks > 1 else 1, 0.0)
+        words[start + j * size + 2] = weight_word(weight)
+    threads.parallel_for(add_task(8 * ITEM_BYTES[spec.dtype]), words.buffer_info()[0], tasks, threads.get_num_threads(), SPAN_FLOPS)
 
 
 def run_add_any(spec: FusionSpec, config: StreamConfig, operands: Operands, out: np.ndarray[Any, Any]) -> None:
@@ -203,10 +203,12 @@ def run_concat(spec: FusionSpec, config: StreamConfig, operands: Operands, out: 
     span_bytes = config.span * out.itemsize
     pieces = max(1, min(max(span[-1] for span in spans), total // span_bytes))
     task_rows = max(1, span_bytes // total)
-    words = np.array([len(spans), rows, task_rows, pieces, config.nontemporal, *(word for span in spans for word in span)], np.int64)
+    covers = len(spans) == len(operands.sources) and all(to == total for _, _, _, to, _ in spans)
+    staged = total if config.nontemporal and covers and 2 * total <= STAGE_BYTES else 0
+    words = np.array([len(spans), rows, task_rows, pieces, config.nontemporal, staged, *(word for span in spans for word in span)], np.int64)
     assert words.size == CONCAT_HEAD + CONCAT_WORDS * len(spans)
     tasks = -(-rows // task_rows) * pieces
-    threads.parallel_for(concat_task(), address(words), tasks, threads.get_num_threads() if tasks > 1 else 1, 0.0)
+    threads.parallel_for(concat_task(), address(words), tasks, threads.get_num_threads(), SPAN_FLOPS)
 
 
 def _row_steps(array: np.ndarray[Any, Any], axis: int) -> tuple[int] | None:

@@ -11,16 +11,16 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from fusionops.cpu import params as at
-from fusionops.cpu.epilogue import finish_run
+from fusionops.cpu.epilogue import finish_rows
 from fusionops.cpu.jit import inline, task
-from fusionops.cpu.prologue import merge_run, rounded
+from fusionops.cpu.prologue import merge_rows, rounded
 from fusionops.cpu.simd import I8, I64, VECTOR_BYTES, Lanes, doubles, elements, word, words
 
 # Words of an add: these, then the extents, then for each operand (output first) base, weight kind, weight, steps, factors.
 SOURCES, DEPTH, ROWS, TASK_ROWS, PIECES, PIECE, PLAIN, NONTEMPORAL, ACTIVATION, SLOPE, CHANNEL = range(11)
 HEAD = 11
-# Words of a concat: these, then for each source address, step, address in the output, step, bytes of a row.
-CONCAT_HEAD, CONCAT_WORDS = 5, 5
+# Words of a concat: sources, rows, rows of a task, pieces of a row, nontemporal, bytes of a staged row; then for each source address, step, address in the output, step, bytes of a row.
+CONCAT_HEAD, CONCAT_WORDS = 6, 5
 
 BLOCK = 1024  # elements of the buffer that a general add goes through: 4 to 8 KiB, a small part of L1
 UNROLL = 4  # vectors in flight; 8 gained nothing
@@ -46,7 +46,7 @@ def add_run(typing, bits, to, table, sources, count, nontemporal):  # type: igno
         def span(offset: ir.Value, vectors: int, mask: ir.Value | None, store: Any) -> None:
             def load(source: ir.Value, v: int) -> ir.Value:
                 place = b.gep(lanes.pointer(b.load(b.gep(table, [source]))), [b.add(offset, word(v * lanes.count))])
-                return lanes.load(place) if mask is None else lanes.masked_load(place, mask)
+                return lanes.load_part(place, mask)
 
             for v in range(vectors):
                 b.store(load(word(0), v), sums[v])
@@ -114,7 +114,7 @@ def weight_position(params, row):  # type: ignore[no-untyped-def]
 
 @inline
 def merge_general(bits, params, to, source, step, factor, first, count, kind, weight, weights, accumulate):  # type: ignore[no-untyped-def]
-    """merge_run for a run with any step, each element repeated `factor` times."""
+    """merge_rows for one run with any step, each element repeated `factor` times."""
     d, s, w = elements(bits, to), elements(bits, source), elements(bits, weights)
     for i in range(count):
         value = s[(first + i) // factor * step]
@@ -146,27 +146,22 @@ def add_general(bits, params, row, first, count, buffer):  # type: ignore[no-unt
                 weights = o[2] + first * item
             else:
                 kind = at.WEIGHT_SCALAR
-                weight = np_float(elements(bits, o[2])[weight_position(params, row)])
+                weight = float(elements(bits, o[2])[weight_position(params, row)])
         source = o[0] + operand_offset(params, j, row) * item
         if step == 1 and factor == 1:
-            merge_run(bits, buffer, source + first * item, count, kind, weight, weights, j > 1)
+            merge_rows(bits, buffer, 0, source + first * item, 0, 1, count, kind, weight, weights, j > 1)
         else:
             merge_general(bits, params, buffer, source, step, factor, first, count, kind, rounded(bits, weight), weights, j > 1)
     out = words(params + 8 * (HEAD + depth))
     step = out[3 + depth - 1]
     to = out[0] + (operand_offset(params, 0, row) + first * step) * item
     if step == 1:
-        finish_run(bits, to, buffer, count, 0, 0, p[ACTIVATION], doubles(params)[SLOPE])
+        finish_rows(bits, 1, to, 0, buffer, 0, count, 0, 0, 0, p[ACTIVATION], doubles(params)[SLOPE])
     else:
-        finish_run(bits, buffer, buffer, count, 0, 0, p[ACTIVATION], doubles(params)[SLOPE])
+        finish_rows(bits, 1, buffer, 0, buffer, 0, count, 0, 0, 0, p[ACTIVATION], doubles(params)[SLOPE])
         d, s = elements(bits, to), elements(bits, buffer)
         for i in range(count):
             d[i * step] = s[i]
-
-
-@inline
-def np_float(value):  # type: ignore[no-untyped-def]
-    return value * 1.0
 
 
 @intrinsic(prefer_literal=True)
@@ -213,60 +208,84 @@ def add_task(bits: int) -> int:
 
 
 @intrinsic
-def copy_run(typing, to, source, count, nontemporal):  # type: ignore[no-untyped-def]  # numba calls it with its own objects
-    """Copies `count` bytes; the runs do not overlap."""
-    signature = types.void(*[types.intp] * 4)
+def copy_rows(typing, to, to_step, source, step, rows, count, nontemporal):  # type: ignore[no-untyped-def]  # noqa: E501  # numba calls it with its own objects
+    """Copies `rows` rows of `count` bytes; no two overlap."""
+    signature = types.void(*[types.intp] * 7)
 
     def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        to, source, count, nontemporal = args
+        first_to, to_step, first_source, step, rows, count, nontemporal = args
         lanes = Lanes(b, 32)
 
-        def octets(start: ir.Value, end: ir.Value) -> None:
-            with cgutils.for_range(b, end, start=start) as i:
-                b.store(b.load(b.inttoptr(b.add(source, i.index), I8.as_pointer())), b.inttoptr(b.add(to, i.index), I8.as_pointer()))
+        def move(to: ir.Value, source: ir.Value, offset: ir.Value, vectors: int, store: Any) -> None:
+            places = [b.add(offset, word(v * VECTOR_BYTES)) for v in range(vectors)]
+            values = [lanes.load(lanes.pointer(b.add(source, place))) for place in places]
+            for value, place in zip(values, places, strict=True):
+                store(value, lanes.pointer(b.add(to, place)))
 
-        def body(start: ir.Value, store: Any) -> ir.Value:
-            whole = b.sdiv(b.sub(count, start), word(VECTOR_BYTES))
-            blocks = b.sdiv(whole, word(UNROLL))
-
-            def move(first: ir.Value, vectors: int) -> None:
-                places = [b.add(start, b.mul(b.add(first, word(v)), word(VECTOR_BYTES))) for v in range(vectors)]
-                values = [lanes.load(lanes.pointer(b.add(source, place))) for place in places]
-                for value, place in zip(values, places, strict=True):
-                    store(value, lanes.pointer(b.add(to, place)))
-
+        def whole_vectors(to: ir.Value, source: ir.Value, start: ir.Value, store: Any) -> None:
+            vectors = b.sdiv(b.sub(count, start), word(VECTOR_BYTES))
+            blocks = b.sdiv(vectors, word(UNROLL))
             with cgutils.for_range(b, blocks) as i:
-                move(b.mul(i.index, word(UNROLL)), UNROLL)
-            done = b.mul(blocks, word(UNROLL))
-            with cgutils.for_range(b, whole, start=done) as i:
-                move(i.index, 1)
-            return b.add(start, b.mul(whole, word(VECTOR_BYTES)))
+                move(to, source, b.add(start, b.mul(i.index, word(UNROLL * VECTOR_BYTES))), UNROLL, store)
+            with cgutils.for_range(b, vectors, start=b.mul(blocks, word(UNROLL))) as i:
+                move(to, source, b.add(start, b.mul(i.index, word(VECTOR_BYTES))), 1, store)
 
-        with b.if_else(b.icmp_signed("!=", nontemporal, word(0))) as (around, through):
-            with around:
-                ahead = b.and_(b.neg(to), word(VECTOR_BYTES - 1))
-                head = b.select(b.icmp_signed("<", ahead, count), ahead, count)
-                octets(word(0), head)
-                octets(body(head, lanes.stream), count)
-            with through:
-                octets(body(word(0), lanes.store), count)
+        def row_of(index: ir.Value) -> tuple[ir.Value, ir.Value]:
+            return b.add(first_to, b.mul(index, to_step)), b.add(first_source, b.mul(index, step))
+
+        with b.if_else(b.icmp_signed("<", count, word(VECTOR_BYTES))) as (short, long):
+            with short:
+                with cgutils.for_range(b, rows) as r:
+                    to, source = row_of(r.index)
+                    with cgutils.for_range(b, count) as i:
+                        octet = b.load(b.inttoptr(b.add(source, i.index), I8.as_pointer()))
+                        b.store(octet, b.inttoptr(b.add(to, i.index), I8.as_pointer()))
+            with long:  # a row's first or last vector may overlap its neighbour in the row: no loop over single bytes
+                last = b.sub(count, word(VECTOR_BYTES))
+                with cgutils.for_range(b, rows) as r:
+                    to, source = row_of(r.index)
+                    with b.if_else(b.icmp_signed("!=", nontemporal, word(0))) as (around, through):
+                        with around:
+                            move(to, source, word(0), 1, lanes.store)
+                            whole_vectors(to, source, b.and_(b.neg(to), word(VECTOR_BYTES - 1)), lanes.stream)
+                        with through:
+                            whole_vectors(to, source, word(0), lanes.store)
+                    move(to, source, last, 1, lanes.store)
         return context.get_dummy_value()
 
     return signature, codegen
 
 
+STAGE_BYTES = 1 << 14  # of the output, gathered in L1 and stored as one run
+
+
 @functools.cache
 def concat_task() -> int:
-    """Address of the task of a concat: a range of rows, and of each source's row one of PIECES equal parts."""
+    """Address of the task of a concat: a range of rows, or of one row's bytes.
+
+    Rows that lie side by side in the output and go around the caches are first gathered in L1, so that every line is stored whole.
+    """
 
     def concat(params, index, slot):  # type: ignore[no-untyped-def]
         p = words(params)
-        sources, rows, task_rows, pieces, nontemporal = p[0], p[1], p[2], p[3], p[4]
+        sources, rows, task_rows, pieces, nontemporal, staged_bytes = p[0], p[1], p[2], p[3], p[4], p[5]
         piece, row0 = index % pieces, index // pieces * task_rows
-        for row in range(row0, min(rows, row0 + task_rows)):
+        row1 = min(rows, row0 + task_rows)
+        if staged_bytes:
+            stage = stack_words(2048)
+            block = STAGE_BYTES // staged_bytes
+            for row in range(row0, row1, block):
+                count = min(block, row1 - row)
+                to = stage
+                for j in range(sources):
+                    s = words(params + 8 * (CONCAT_HEAD + j * CONCAT_WORDS))
+                    copy_rows(to, staged_bytes, s[0] + row * s[1], s[1], count, s[4], 0)
+                    to += s[4]
+                copy_rows(words(params + 8 * CONCAT_HEAD)[2] + row * staged_bytes, 0, stage, 0, 1, count * staged_bytes, nontemporal)
+        else:
             for j in range(sources):
                 s = words(params + 8 * (CONCAT_HEAD + j * CONCAT_WORDS))
                 start, end = s[4] * piece // pieces, s[4] * (piece + 1) // pieces
-                copy_run(s[2] + row * s[3] + start, s[0] + row * s[1] + start, end - start, nontemporal)
+                copy_rows(s[2] + row0 * s[3] + start, s[3], s[0] + row0 * s[1] + start, s[1], row1 - row0, end - start, nontemporal)
 
     return task(concat)

@@ -7,6 +7,7 @@ alone: C and the taps fix the chunks, whatever the batch, the tile or the split 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from fusionops.cpu.simd import VECTOR_BYTES
 from fusionops.device import CpuDevice
@@ -19,7 +20,7 @@ GROUP_WORDS = 5  # of a group of mr pixels that share their taps: r from, to; s 
 # more, and the tile of a 512-channel map no longer stays in L2 beside a filter block.
 TILE_PIXELS = 256
 # Below this many tiles the tiles get smaller, so that every core of a small machine has some to take.
-ENOUGH_TILES = 32
+ENOUGH_TILES = 8
 SMALLEST_TILE_PIXELS = 96
 WIDEST_TILE = 32
 # Filters of one task, in output channels: bounds the sums a task keeps when the reduction is cut into chunks.
@@ -31,7 +32,7 @@ FILTER_SHARE = 4
 ONE_VECTOR_EFFICIENCY = 0.78
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ConvTiling:
     """Extents in elements, pixels or vectors; see `params` for the words they become.
 
@@ -56,6 +57,13 @@ class ConvTiling:
     groups_of_pixels: int
     packed_elements: int
 
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.bits, self.mr, self.nv, self.tile_p, self.tile_q, self.depth, self.task_blocks))
+
     @property
     def item_bytes(self) -> int:
         return self.bits // 8
@@ -67,7 +75,7 @@ class ConvTiling:
 
     @property
     def areas(self) -> tuple[int, ...]:
-        """Bytes of each scratch area: tile, sums, pixels, output offsets, residual offsets, groups, one row of a residual."""
+        """Bytes of each scratch area: tile, sums, pixels, output offsets, residual offsets, groups, a register tile of the residual."""
         pixels = self.groups_of_pixels * self.mr
         sizes = (
             self.rows * self.cols * self.depth * self.item_bytes,
@@ -76,7 +84,7 @@ class ConvTiling:
             pixels * WORD_BYTES,
             pixels * WORD_BYTES,
             self.groups_of_pixels * GROUP_WORDS * WORD_BYTES,
-            self.width * self.item_bytes,
+            self.mr * self.width * self.item_bytes,
         )
         return tuple(-(-size // VECTOR_BYTES) * VECTOR_BYTES for size in sizes)
 
