@@ -22,29 +22,19 @@ from fusionops.cpu.tiling import GROUP_WORDS
 
 
 @inline
-def first_tap(start, dilation):  # type: ignore[no-untyped-def]
-    """The first tap that lands at 0 or later when tap 0 lands at `start`."""
-    return 0 if start >= 0 else (dilation - 1 - start) // dilation
-
-
-@inline
-def end_tap(start, dilation, taps, extent):  # type: ignore[no-untyped-def]
-    """One past the last tap that lands before `extent`."""
-    if start >= extent:
-        return 0
-    return min(taps, (extent - 1 - start) // dilation + 1)
+def valid_taps(start, dilation, taps, extent):  # type: ignore[no-untyped-def]
+    """(first, end) of the taps that land inside [0, extent) when tap 0 lands at `start`; (0, 0) if none does."""
+    first = 0 if start >= 0 else (dilation - 1 - start) // dilation
+    end = 0 if start >= extent else min(taps, (extent - 1 - start) // dilation + 1)
+    return (first, end) if first < end else (0, 0)
 
 
 @inline
 def run_end(position, last, origin, stride, dilation, taps, extent):  # type: ignore[no-untyped-def]
     """One past the last output position, from `position` on, with the same valid taps."""
-    start = position * stride - origin
-    head, end = first_tap(start, dilation), end_tap(start, dilation, taps, extent)
+    shared = valid_taps(position * stride - origin, dilation, taps, extent)
     position += 1
-    while position < last:
-        start = position * stride - origin
-        if first_tap(start, dilation) != head or end_tap(start, dilation, taps, extent) != end:
-            return position
+    while position < last and valid_taps(position * stride - origin, dilation, taps, extent) == shared:
         position += 1
     return position
 
@@ -63,20 +53,18 @@ def group_pixels(params, scratch, mr, n, p0, p1, q0, q1):  # type: ignore[no-unt
     row = p0
     while row < p1:
         row_end = run_end(row, p1, p[at.PAD_TOP], stride_h, dilation_h, p[at.R], p[at.H])
-        start_h = row * stride_h - p[at.PAD_TOP]
-        r0, r1 = first_tap(start_h, dilation_h), end_tap(start_h, dilation_h, p[at.R], p[at.H])
+        r0, r1 = valid_taps(row * stride_h - p[at.PAD_TOP], dilation_h, p[at.R], p[at.H])
         col = q0
         while col < q1:
             col_end = run_end(col, q1, p[at.PAD_LEFT], stride_w, dilation_w, p[at.S], p[at.W])
-            start_w = col * stride_w - p[at.PAD_LEFT]
-            s0, s1 = first_tap(start_w, dilation_w), end_tap(start_w, dilation_w, p[at.S], p[at.W])
+            s0, s1 = valid_taps(col * stride_w - p[at.PAD_LEFT], dilation_w, p[at.S], p[at.W])
             width = col_end - col
             total = (row_end - row) * width
             a, b = row, col
             for first in range(0, total, mr):
                 used = min(mr, total - first)
                 group = count * GROUP_WORDS
-                groups[group], groups[group + 1], groups[group + 2], groups[group + 3] = r0, max(r0, r1), s0, max(s0, s1)
+                groups[group], groups[group + 1], groups[group + 2], groups[group + 3] = r0, r1, s0, s1
                 groups[group + 4] = used
                 for i in range(mr):
                     slot = count * mr + i

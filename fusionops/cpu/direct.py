@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 
 from fusionops.cpu import launch, stream
+from fusionops.cpu.simd import COMPUTED
 from fusionops.cpu.tiling import ConvTiling, plan
 from fusionops.kernel import Kernel, Operands
 from fusionops.spec import Conv2d, Direction, FusionSpec, Merge
-
-SUFFIX = {"float32": "f32", "float64": "f64"}
 
 
 def common_reasons(spec: FusionSpec, merge: Merge, dtype: str) -> list[str]:
@@ -49,7 +48,7 @@ def _kernel(merge: Merge, dtype: str) -> Kernel:
             reasons.append("the contraction is not a conv2d")
         return tuple(reasons)
 
-    return Kernel(f"cpu.{merge}_conv_fprop_direct_{SUFFIX[dtype]}", unsupported, plan, run)
+    return Kernel(f"cpu.{merge}_conv_fprop_direct_{COMPUTED[dtype]}", unsupported, plan, run)
 
 
-KERNELS = tuple(_kernel(merge, dtype) for merge in Merge for dtype in SUFFIX)
+KERNELS = tuple(_kernel(merge, dtype) for merge in Merge for dtype in COMPUTED)

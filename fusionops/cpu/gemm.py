@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from functools import partial
 
-from fusionops.cpu.direct import SUFFIX, common_reasons, run
+from fusionops.cpu.direct import common_reasons, run
 from fusionops.cpu.launch import is_pointwise
+from fusionops.cpu.simd import COMPUTED
 from fusionops.cpu.tiling import plan
 from fusionops.kernel import Kernel
 from fusionops.spec import Conv2d, Dense, FusionSpec, Merge
@@ -21,9 +22,9 @@ def _kernel(merge: Merge, contraction: type[Conv2d] | type[Dense], dtype: str) -
         return tuple(reasons)
 
     word = "conv" if contraction is Conv2d else "dense"
-    return Kernel(f"cpu.{merge}_{word}_fprop_gemm_{SUFFIX[dtype]}", unsupported, partial(plan, flat=True), run)
+    return Kernel(f"cpu.{merge}_{word}_fprop_gemm_{COMPUTED[dtype]}", unsupported, partial(plan, flat=True), run)
 
 
 KERNELS = tuple(
-    _kernel(merge, contraction, dtype) for merge in Merge for contraction in (Conv2d, Dense) for dtype in SUFFIX
+    _kernel(merge, contraction, dtype) for merge in Merge for contraction in (Conv2d, Dense) for dtype in COMPUTED
 )

@@ -20,6 +20,7 @@ import numpy as np
 from fusionops.cpu import activation, params as at, threads
 from fusionops.cpu.launch import weight_word
 from fusionops.cpu.memory import address
+from fusionops.cpu.simd import COMPUTED
 from fusionops.cpu.streaming import CONCAT_HEAD, CONCAT_WORDS, HEAD, STAGE_BYTES, add_task, concat_task, operand_words
 from fusionops.device import CpuDevice
 from fusionops.kernel import Kernel, Operands
@@ -183,17 +184,23 @@ def store_merged(spec: FusionSpec, operands: Operands) -> tuple[FusionSpec, Oper
 
 
 def run_concat(spec: FusionSpec, config: StreamConfig, operands: Operands, out: np.ndarray[Any, Any]) -> None:
-    """Writes the sources side by side; rows that are contiguous in memory go through tasks, others through NumPy's copy."""
+    """Writes the sources side by side: contiguous rows through tasks of copies, other steps through NumPy's copy.
+
+    A source with a prologue is an add of one source into its part of the output.
+    """
     axis = spec.axis
     rows = math.prod(out.shape[:axis])
     first, spans = 0, []
-    for source in operands.sources:
-        extent = source.shape[axis]
+    for j, (source, stated) in enumerate(zip(operands.sources, spec.sources, strict=True)):
+        extent = stated.upsampled_shape(spec.layout)[axis]
         where = (slice(None),) * axis + (slice(first, first + extent),)
         first += extent
         if source.size == 0:
             continue
-        if source.dtype == out.dtype and (steps := _row_steps(source, axis)) and (to := _row_steps(out[where], axis)):
+        if not stated.is_plain:
+            alone = FusionSpec(Merge.ADD, (stated,), dtype=spec.dtype, layout=spec.layout)
+            run_add(alone, config, Operands((source,), (operands.weights[j],)), out[where])
+        elif source.dtype == out.dtype and (steps := _row_steps(source, axis)) and (to := _row_steps(out[where], axis)):
             spans.append((address(source), steps[0], address(out[where]), to[0], math.prod(source.shape[axis:]) * source.itemsize))
         else:
             np.copyto(out[where], source, casting="same_kind")
@@ -244,8 +251,10 @@ def _kernel(name: str, merge: Merge, dtype: str | None, run: Any) -> Kernel:
         for name in ("scale", "shift", "activation"):
             if any(getattr(source, name) for source in spec.sources):
                 reasons.append(f"a source has {name}, which the tile load does not apply yet")
-        if dtype is None and (spec.activation or not all(source.is_plain for source in spec.sources)):
-            reasons.append("sources or result are upsampled, weighted or activated, needs a plain merge")
+        plain = spec.activation is None and all(source.is_plain for source in spec.sources)
+        same = all(source.dtype == spec.dtype for source in spec.sources) and spec.dtype in COMPUTED
+        if dtype is None and not plain and not (merge is Merge.CONCAT and same):
+            reasons.append(f"a merge that is more than a plain {merge} needs sources all of float32 or all of float64")
         return tuple(reasons)
 
     return Kernel(f"cpu.{name}", unsupported, plan, run)

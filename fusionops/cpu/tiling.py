@@ -177,8 +177,9 @@ def _with_tile(spec: FusionSpec, mr: int, nv: int, tile_p: int, tile_q: int, dep
         (tile - 1) * stride + filter_reach(taps, dilation)
         for tile, stride, taps, dilation in zip((tile_p, tile_q), conv.stride, (conv.R, conv.S), conv.dilation, strict=True)
     )
-    # Pixels that share their valid taps form runs of rows and of columns: at most one run per missing tap at either end.
-    runs = min(tile_p, 2 * conv.R - 1) * min(tile_q, 2 * conv.S - 1)
+    # Pixels that share their valid taps form runs of rows and of columns: one with all taps, one for each number of taps
+    # missing at either end, up to all of them. Each pair of runs ends in one register tile that may not be full.
+    runs = min(tile_p, 2 * conv.R + 1) * min(tile_q, 2 * conv.S + 1)
     width = nv * VECTOR_BYTES // item
     return ConvTiling(
         bits=8 * item, mr=mr, nv=nv, tile_p=tile_p, tile_q=tile_q, rows=rows, cols=cols, depth=depth,
