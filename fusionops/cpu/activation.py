@@ -25,6 +25,7 @@ ERFC_SCALE = 0.3275911
 ERFC = (0.028165760887943814, -0.15760611766693036, 0.31136458860556504, -0.2768501218867185, 0.24795372716333,
         -0.023666562091041267, 0.10242483574900803, 0.08294214285797084, 0.09288135663733586, 0.09239038751326872)  # fmt: skip
 """exp(u²)·erfc(u) / (2t) as a polynomial in t = 1 / (1 + 0.3275911·u) for 0 ≤ u ≤ 10.2: 0.07."""
+ERFC_END = 14.4  # x = √2·u beyond which x·Φ(x) rounds to 0
 
 LN2_HIGH, LN2_LOW = 0.693359375, -2.1219444005469057e-04  # their sum is ln 2; n·LN2_HIGH is exact for |n| < 2¹⁵
 
@@ -51,9 +52,10 @@ def exp(v: Lanes, x: ir.Value) -> ir.Value:
 
 
 def sigmoid(v: Lanes, x: ir.Value) -> ir.Value:
-    """1 / (1 + e⁻ˣ)."""
+    """1 / (1 + e⁻ˣ), as e⁻|ˣ| over the same for x < 0, where e⁻ˣ would overflow."""
     one = v.constant(1.0)
-    return v.b.fdiv(one, v.b.fadd(one, exp(v, v.b.fneg(x))))
+    e = exp(v, v.b.fneg(v.absolute(x)))
+    return v.b.fdiv(v.b.select(v.below(x, v.constant(0.0)), e, one), v.b.fadd(one, e))
 
 
 def tanh(v: Lanes, x: ir.Value) -> ir.Value:
@@ -74,11 +76,16 @@ def gelu(v: Lanes, x: ir.Value) -> ir.Value:
     if v.bits == 64:
         u = b.fmul(x, v.constant(-math.sqrt(0.5)))
         return b.fmul(x, b.fmul(v.constant(0.5), v.each_lane("erfc", u)))
-    u = b.fmul(v.absolute(x), v.constant(math.sqrt(0.5)))
-    u = b.select(v.below(v.constant(10.2), u), v.constant(10.2), u)
+    size = v.absolute(x)
+    size = b.select(v.below(v.constant(ERFC_END), size), v.constant(ERFC_END), size)
+    u = b.fmul(size, v.constant(math.sqrt(0.5)))
     t = b.fdiv(v.constant(1.0), v.multiply_add(u, v.constant(ERFC_SCALE), v.constant(1.0)))
-    half_square = b.fmul(v.constant(-1.0), b.fmul(u, u))
-    tail = b.fmul(b.fmul(t, v.polynomial(t, ERFC)), exp(v, half_square))
+    square = b.fmul(size, size)
+    lost = v.multiply_add(size, size, b.fneg(square))  # what rounding took from x²: e^(−x²/2) would multiply it by x²/2
+    half = v.constant(-0.5)
+    power = exp(v, b.fmul(half, square))
+    power = v.multiply_add(b.fmul(half, lost), power, power)
+    tail = b.fmul(b.fmul(t, v.polynomial(t, ERFC)), power)
     phi = b.select(v.below(x, v.constant(0.0)), tail, b.fsub(v.constant(1.0), tail))
     return b.fmul(x, phi)
 
