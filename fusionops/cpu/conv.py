@@ -22,7 +22,7 @@ from fusionops.cpu.tiling import GROUP_WORDS
 
 
 @inline
-def valid_taps(start, dilation, taps, extent):  # type: ignore[no-untyped-def]
+def valid_taps(start, dilation, taps, extent):
     """(first, end) of the taps that land inside [0, extent) when tap 0 lands at `start`; (0, 0) if none does."""
     first = 0 if start >= 0 else (dilation - 1 - start) // dilation
     end = 0 if start >= extent else min(taps, (extent - 1 - start) // dilation + 1)
@@ -30,7 +30,7 @@ def valid_taps(start, dilation, taps, extent):  # type: ignore[no-untyped-def]
 
 
 @inline
-def run_end(position, last, origin, stride, dilation, taps, extent):  # type: ignore[no-untyped-def]
+def run_end(position, last, origin, stride, dilation, taps, extent):
     """One past the last output position, from `position` on, with the same valid taps."""
     shared = valid_taps(position * stride - origin, dilation, taps, extent)
     position += 1
@@ -40,7 +40,7 @@ def run_end(position, last, origin, stride, dilation, taps, extent):  # type: ig
 
 
 @inline
-def group_pixels(params, scratch, mr, n, p0, p1, q0, q1):  # type: ignore[no-untyped-def]
+def group_pixels(params, scratch, mr, n, p0, p1, q0, q1):
     """Fills the tables of register tiles for one output tile and returns their number."""
     p = words(params)
     pixels, outs, residuals, groups = (
@@ -78,7 +78,9 @@ def group_pixels(params, scratch, mr, n, p0, p1, q0, q1):  # type: ignore[no-unt
                         if b == col_end:
                             a, b = a + 1, col
                     else:
-                        pixels[slot] = pixels[slot - 1]  # a register tile is always full: the rest repeats its last pixel
+                        pixels[slot] = pixels[
+                            slot - 1
+                        ]  # a register tile is always full: the rest repeats its last pixel
                 count += 1
             col = col_end
         row = row_end
@@ -91,7 +93,7 @@ def conv_task(bits: int, mr: int, nv: int) -> int:
     width = nv * (512 // bits)
     item = bits // 8
 
-    def conv(params, index, slot):  # type: ignore[no-untyped-def]
+    def conv(params, index, slot):
         p = words(params)
         scratch = p[at.SCRATCH] + slot * p[at.SCRATCH_BYTES]
         parts = (p[at.BLOCKS] + p[at.TASK_BLOCKS] - 1) // p[at.TASK_BLOCKS]
@@ -115,7 +117,10 @@ def conv_task(bits: int, mr: int, nv: int) -> int:
             is_last = c0 + depth == channels
             load_tile(bits, params, scratch, n, h0, w0, group * channels + c0, depth)
             for block in range(block0, block1):
-                panel = p[at.FILTERS] + ((group * p[at.BLOCKS] + block) * block_elements + p[at.R] * p[at.S] * c0 * width) * item
+                panel = (
+                    p[at.FILTERS]
+                    + ((group * p[at.BLOCKS] + block) * block_elements + p[at.R] * p[at.S] * c0 * width) * item
+                )
                 k0, used = group * filters + block * width, min(width, filters - block * width)
                 # While this block is multiplied, the next one comes to L2: the next of the task, or the first of the next chunk.
                 following, step = panel, 0
@@ -137,15 +142,30 @@ def conv_task(bits: int, mr: int, nv: int) -> int:
                     if dense_rows:  # neighbouring taps are neighbours in the tile and in the panel: one longer run
                         inner, run = 1, (s1 - s0) * depth
                     if is_last:
-                        ask_for_output(bits, params, outs + g * mr * 8, residuals + g * mr * 8, groups[head + 4], k0, used)
+                        ask_for_output(
+                            bits, params, outs + g * mr * 8, residuals + g * mr * 8, groups[head + 4], k0, used
+                        )
                     gemm_tile(bits, mr, nv, a, pixels + g * mr * 8, depth, r1 - r0, a_row, b_row, inner,
                               p[at.DILATION_W] * depth, depth, run, b, sums, c0, following + g * share, step)  # fmt: skip
                     if is_last:
-                        finish_tile(bits, width, params, sums, outs + g * mr * 8, residuals + g * mr * 8, copy, groups[head + 4], k0, used)
+                        finish_tile(
+                            bits,
+                            width,
+                            params,
+                            sums,
+                            outs + g * mr * 8,
+                            residuals + g * mr * 8,
+                            copy,
+                            groups[head + 4],
+                            k0,
+                            used,
+                        )
                 if is_last and p[at.OUT_K] != 1:
                     for g in range(count):
                         sums = scratch + p[at.AT_SUMS] + ((block - block0) * count + g) * mr * width * item
-                        scatter_tile(bits, width, params, sums, outs + g * mr * 8, groups[g * GROUP_WORDS + 4], k0, used)
+                        scatter_tile(
+                            bits, width, params, sums, outs + g * mr * 8, groups[g * GROUP_WORDS + 4], k0, used
+                        )
 
     return task(conv)
 
@@ -158,7 +178,7 @@ def pack_task(bits: int) -> int:
     """
     item = bits // 8
 
-    def pack(params, index, slot):  # type: ignore[no-untyped-def]
+    def pack(params, index, slot):
         p = words(params)
         step_r, step_s, step_c, step_k = p[2], p[3], p[4], p[5]
         R, S, channels, filters, depth, width, blocks = p[6], p[7], p[8], p[9], p[10], p[11], p[12]

@@ -20,7 +20,7 @@ from fusionops.cpu.simd import I64, Lanes, doubles, elements, prefetch_read, pre
 
 
 @intrinsic(prefer_literal=True)
-def finish_rows(typing, bits, rows, to, places, sums, step, count, bias, residual, residual_places, activation, slope):  # type: ignore[no-untyped-def]  # noqa: E501  # numba calls it with its own objects
+def finish_rows(typing, bits, rows, to, places, sums, step, count, bias, residual, residual_places, activation, slope):
     """to[places[r] + i] = activation(sums[r·step + i] + bias[i] + residual[residual_places[r] + i]) for runs of channels.
 
     Address 0 stands for no bias, no residual; for places it stands for r·step.
@@ -76,7 +76,7 @@ def finish_rows(typing, bits, rows, to, places, sums, step, count, bias, residua
 
 
 @inline
-def ask_for_output(bits, params, out_at, residual_at, count, k0, channels):  # type: ignore[no-untyped-def]
+def ask_for_output(bits, params, out_at, residual_at, count, k0, channels):
     """Starts the cache misses of finish_tile before the sums are computed, so that they end meanwhile."""
     p = words(params)
     item = bits // 8
@@ -89,7 +89,7 @@ def ask_for_output(bits, params, out_at, residual_at, count, k0, channels):  # t
 
 
 @inline
-def load_residual(bits, params, to, pixel, first, count):  # type: ignore[no-untyped-def]
+def load_residual(bits, params, to, pixel, first, count):
     """to[i] = weight · residual[pixel + first + i]: only for residuals that are weighted or not contiguous along channels."""
     p = words(params)
     item = bits // 8
@@ -107,7 +107,7 @@ def load_residual(bits, params, to, pixel, first, count):  # type: ignore[no-unt
 
 
 @inline
-def finish_tile(bits, width, params, sums, out_at, residual_at, copy, count, k0, channels):  # type: ignore[no-untyped-def]
+def finish_tile(bits, width, params, sums, out_at, residual_at, copy, count, k0, channels):
     """Finishes `count` pixels of `channels` filters from k0 on: straight to an output that is contiguous along k, else in place."""
     p = words(params)
     item = bits // 8
@@ -123,11 +123,24 @@ def finish_tile(bits, width, params, sums, out_at, residual_at, copy, count, k0,
             residual, residual_at = copy, 0
         else:
             residual = p[at.RESIDUAL] + k0 * item
-    finish_rows(bits, count, to, places, sums, width, channels, bias, residual, residual_at, p[at.ACTIVATION], doubles(params)[at.SLOPE])
+    finish_rows(
+        bits,
+        count,
+        to,
+        places,
+        sums,
+        width,
+        channels,
+        bias,
+        residual,
+        residual_at,
+        p[at.ACTIVATION],
+        doubles(params)[at.SLOPE],
+    )
 
 
 @inline
-def scatter_tile(bits, width, params, sums, out_at, count, k0, channels):  # type: ignore[no-untyped-def]
+def scatter_tile(bits, width, params, sums, out_at, count, k0, channels):
     """Stores finished pixels to an output whose channels are OUT_K apart, one channel's pixels after the other."""
     p = words(params)
     offsets = words(out_at)

@@ -18,7 +18,9 @@ def _kernel(merge: Merge, contraction: type[Conv2d] | type[Dense], dtype: str) -
         if not isinstance(spec.contraction, contraction):
             reasons.append(f"the contraction is not a {contraction.__name__.lower()}")
         elif isinstance(spec.contraction, Conv2d) and not is_pointwise(spec.contraction):
-            reasons.append(f"filters are {spec.conv.R}x{spec.conv.S} with padding {spec.conv.padding}, needs 1x1 without")
+            reasons.append(
+                f"filters are {spec.conv.R}x{spec.conv.S} with padding {spec.conv.padding}, needs 1x1 without"
+            )
         return tuple(reasons)
 
     word = "conv" if contraction is Conv2d else "dense"

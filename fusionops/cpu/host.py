@@ -23,7 +23,7 @@ def _features() -> frozenset[str]:
     """The features that numba compiles for, which NUMBA_CPU_FEATURES can narrow."""
     if numba.config.CPU_FEATURES is not None:
         return frozenset(word[1:] for word in numba.config.CPU_FEATURES.split(",") if word.startswith("+"))
-    if numba.config.CPU_NAME and numba.config.CPU_NAME != llvmlite.binding.get_host_cpu_name():
+    if numba.config.CPU_NAME and llvmlite.binding.get_host_cpu_name() != numba.config.CPU_NAME:
         return frozenset()
     return frozenset(name for name, present in llvmlite.binding.get_host_cpu_features().items() if present)
 

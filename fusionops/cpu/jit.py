@@ -35,7 +35,18 @@ OPTIONS: dict[str, Any] = {
 _LOCK = RLock()  # compilation is rare; numba's cache location is process-wide while one is under way
 
 # What a damaged or half-written cache entry raises when it is loaded.
-CACHE_ERRORS = (EOFError, pickle.UnpicklingError, OSError, ValueError, KeyError, IndexError, AttributeError, ImportError, TypeError, RuntimeError)
+CACHE_ERRORS = (
+    EOFError,
+    pickle.UnpicklingError,
+    OSError,
+    ValueError,
+    KeyError,
+    IndexError,
+    AttributeError,
+    ImportError,
+    TypeError,
+    RuntimeError,
+)
 
 
 @functools.cache

@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from fusionops.cpu import activation, conv, params as at, threads
+from fusionops.cpu import activation, conv, threads
+from fusionops.cpu import params as at
 from fusionops.cpu.memory import ALIGNMENT, WORKSPACE, Area, address, allocate
 from fusionops.cpu.tiling import ConvTiling
 from fusionops.kernel import Filters, Operands
@@ -50,7 +51,9 @@ def _source_words(spec: FusionSpec, source: SourceSpec, steps: Strides, first: i
     return [0, *steps, *source.upsample, channels, first, WEIGHT_KINDS[source.weight], 0, 0]
 
 
-def block(spec: FusionSpec, tiling: ConvTiling, strides: tuple[Strides, ...], out: Strides, residual: Strides | None) -> Block:
+def block(
+    spec: FusionSpec, tiling: ConvTiling, strides: tuple[Strides, ...], out: Strides, residual: Strides | None
+) -> Block:
     """The fixed words. Pure."""
     conv2d, item = spec.conv, tiling.item_bytes
     N, H, W, P, Q = spec.N, spec.H, spec.W, spec.P, spec.Q
@@ -75,7 +78,17 @@ def block(spec: FusionSpec, tiling: ConvTiling, strides: tuple[Strides, ...], ou
         N, H, W, spec.C, conv2d.K, conv2d.R, conv2d.S, P, Q, *stride, padding[0][0], padding[1][0], *conv2d.dilation,
         conv2d.groups, spec.merge is Merge.ADD, len(sources),
     ]  # fmt: skip
-    words[at.TILE_P : at.COLS + 1] = [tile_p, tile_q, tiles_p, tiles_q, tiling.depth, tiling.blocks, tiling.task_blocks, rows, cols]
+    words[at.TILE_P : at.COLS + 1] = [
+        tile_p,
+        tile_q,
+        tiles_p,
+        tiles_q,
+        tiling.depth,
+        tiling.blocks,
+        tiling.task_blocks,
+        rows,
+        cols,
+    ]
     words[at.SCRATCH_BYTES] = -(-tiling.scratch_bytes // ALIGNMENT) * ALIGNMENT
     words[list(AREAS)] = np.cumsum(tiling.areas)[:-1]
     words[at.OUT_N : at.OUT_K + 1] = to
@@ -153,7 +166,9 @@ class Prepared:
 
 
 @functools.lru_cache(maxsize=512)
-def prepare(spec: FusionSpec, tiling: ConvTiling, sources: tuple[Strides, ...], out: Strides, residual: Strides | None) -> Prepared:
+def prepare(
+    spec: FusionSpec, tiling: ConvTiling, sources: tuple[Strides, ...], out: Strides, residual: Strides | None
+) -> Prepared:
     fixed = block(spec, tiling, sources, out, residual)
     task = conv.conv_task(tiling.bits, tiling.mr, tiling.nv)
     return Prepared(fixed, array("q", fixed.words.tobytes()), task, int(fixed.words[at.SCRATCH_BYTES]))
@@ -162,15 +177,21 @@ def prepare(spec: FusionSpec, tiling: ConvTiling, sources: tuple[Strides, ...], 
 @functools.lru_cache(maxsize=512)
 def prepare_packing(spec: FusionSpec, tiling: ConvTiling, strides: Strides) -> tuple[array[int], int, int]:
     """Words, task and number of tasks of filter packing."""
-    return array("q", filter_words(spec, tiling, strides)), conv.pack_task(tiling.bits), spec.conv.groups * tiling.blocks
+    return (
+        array("q", filter_words(spec, tiling, strides)),
+        conv.pack_task(tiling.bits),
+        spec.conv.groups * tiling.blocks,
+    )
 
 
-def pack(spec: FusionSpec, tiling: ConvTiling, filters: np.ndarray[Any, Any], packed: int) -> None:
+def pack(spec: FusionSpec, tiling: ConvTiling, filters: Any, packed: int) -> None:
     """Writes the filters in the order of the task to the address `packed`."""
     template, task, tasks = prepare_packing(spec, tiling, filters.strides)
     words = template[:]
     words[0], words[1] = packed, address(filters)
-    threads.parallel_for(task, words.buffer_info()[0], tasks, threads.get_num_threads(), PACKING_FLOPS * tiling.packed_elements / tasks)
+    threads.parallel_for(
+        task, words.buffer_info()[0], tasks, threads.get_num_threads(), PACKING_FLOPS * tiling.packed_elements / tasks
+    )
 
 
 PACKING_FLOPS = 32.0  # what computes as long as one element is copied: 4 bytes at 16 GB/s against 120 GFLOP/s
@@ -184,15 +205,13 @@ def run(spec: FusionSpec, tiling: ConvTiling, operands: Operands, out: np.ndarra
     words = prepared.words[:]
     count = threads.get_num_threads()
     slots_bytes = prepared.slot_bytes * count
-    packs = not isinstance(filters, Filters)
-    area = WORKSPACE.borrow(slots_bytes + tiling.shared_bytes if packs else slots_bytes)
+    kept = _kept(spec, tiling, filters) if isinstance(filters, Filters) else None
+    area = WORKSPACE.borrow(slots_bytes if kept else slots_bytes + tiling.shared_bytes)
     try:
         words[at.SCRATCH] = area.start
-        if packs:
-            words[at.FILTERS] = area.start + slots_bytes
+        words[at.FILTERS] = kept.start if kept else area.start + slots_bytes
+        if kept is None:
             pack(spec, tiling, filters, area.start + slots_bytes)
-        else:
-            words[at.FILTERS] = _kept(spec, tiling, filters).start
         words[at.OUT] = address(out)
         if operands.bias is not None:
             words[at.BIAS] = address(operands.bias)

@@ -19,7 +19,27 @@ from fusionops.cpu.simd import I64, Lanes, word
 
 
 @intrinsic(prefer_literal=True)
-def gemm_tile(typing, bits, mr, nv, a, pixels, pitch, outer, a_outer, b_outer, inner, a_inner, b_inner, depth, panel, c, accumulate, ahead, ahead_step):  # type: ignore[no-untyped-def]  # noqa: E501  # numba calls it with its own objects
+def gemm_tile(
+    typing,
+    bits,
+    mr,
+    nv,
+    a,
+    pixels,
+    pitch,
+    outer,
+    a_outer,
+    b_outer,
+    inner,
+    a_inner,
+    b_inner,
+    depth,
+    panel,
+    c,
+    accumulate,
+    ahead,
+    ahead_step,
+):
     """Addresses a, pixels (int64 each), panel, c; steps in elements; bits, mr and nv literal.
 
     ahead, ahead_step   what comes next: an address asked for in L2 at each step of the reduction, and its advance in bytes
@@ -30,7 +50,23 @@ def gemm_tile(typing, bits, mr, nv, a, pixels, pitch, outer, a_outer, b_outer, i
     signature = types.void(bits, mr, nv, *[types.intp] * 15)
 
     def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        a, pixels, pitch, outer, a_outer, b_outer, inner, a_inner, b_inner, depth, panel, c, accumulate, ahead, ahead_step = args[3:]
+        (
+            a,
+            pixels,
+            pitch,
+            outer,
+            a_outer,
+            b_outer,
+            inner,
+            a_inner,
+            b_inner,
+            depth,
+            panel,
+            c,
+            accumulate,
+            ahead,
+            ahead_step,
+        ) = args[3:]
         lanes = Lanes(b, bits.literal_value)
         width = vectors * lanes.count
         pixel = b.inttoptr(pixels, I64.as_pointer())
@@ -40,23 +76,22 @@ def gemm_tile(typing, bits, mr, nv, a, pixels, pitch, outer, a_outer, b_outer, i
         for s in sums:
             b.store(lanes.constant(0.0), s)
         next_line = cgutils.alloca_once_value(b, ahead)
-        with cgutils.for_range(b, outer) as u:
-            with cgutils.for_range(b, inner) as v:
-                a_step = b.add(b.mul(u.index, a_outer), b.mul(v.index, a_inner))
-                b_step = b.add(b.mul(u.index, b_outer), b.mul(v.index, b_inner))
-                heads = [b.gep(start, [a_step]) for start in starts]
-                segment = b.gep(B, [b.mul(b_step, word(width))])
-                with cgutils.for_range(b, depth) as d:
-                    row = b.gep(segment, [b.mul(d.index, word(width))])
-                    line = b.load(next_line)
-                    lanes.prefetch(lanes.pointer(line), level=2)
-                    b.store(b.add(line, ahead_step), next_line)
-                    w = [lanes.load(b.gep(row, [word(j * lanes.count)])) for j in range(vectors)]
-                    for i in range(rows):
-                        x = lanes.splat(b.load(b.gep(heads[i], [d.index])))
-                        for j in range(vectors):
-                            s = sums[i * vectors + j]
-                            b.store(lanes.multiply_add(x, w[j], b.load(s)), s)
+        with cgutils.for_range(b, outer) as u, cgutils.for_range(b, inner) as v:
+            a_step = b.add(b.mul(u.index, a_outer), b.mul(v.index, a_inner))
+            b_step = b.add(b.mul(u.index, b_outer), b.mul(v.index, b_inner))
+            heads = [b.gep(start, [a_step]) for start in starts]
+            segment = b.gep(B, [b.mul(b_step, word(width))])
+            with cgutils.for_range(b, depth) as d:
+                row = b.gep(segment, [b.mul(d.index, word(width))])
+                line = b.load(next_line)
+                lanes.prefetch(lanes.pointer(line), level=2)
+                b.store(b.add(line, ahead_step), next_line)
+                w = [lanes.load(b.gep(row, [word(j * lanes.count)])) for j in range(vectors)]
+                for i in range(rows):
+                    x = lanes.splat(b.load(b.gep(heads[i], [d.index])))
+                    for j in range(vectors):
+                        s = sums[i * vectors + j]
+                        b.store(lanes.multiply_add(x, w[j], b.load(s)), s)
         places = [b.gep(C, [word((i * vectors + j) * lanes.count)]) for i in range(rows) for j in range(vectors)]
         with b.if_else(b.icmp_signed("!=", accumulate, word(0))) as (resume, start):
             with resume:

@@ -24,7 +24,7 @@ REPEATS = 40
 
 @functools.cache
 def _peak_task(bits: int, mr: int, nv: int) -> int:
-    def multiply(params, index, slot):  # type: ignore[no-untyped-def]
+    def multiply(params, index, slot):
         p = words(params)
         for _ in range(p[0]):
             gemm_tile(bits, mr, nv, p[1], p[2], 0, 1, 0, 0, 1, 0, 0, p[3], p[4], p[5] + slot * p[6], 0, p[4], 0)
@@ -40,10 +40,19 @@ def fma_peak(threads_used: int, dtype: str = "float32", seconds: float = 0.2) ->
     rng = np.random.default_rng(0)
     a, panel = rng.random(DEPTH).astype(dtype), rng.random(DEPTH * width).astype(dtype)
     sums, pixels = np.zeros(threads_used * mr * width, dtype), np.zeros(mr, np.int64)
-    params = np.array([REPEATS, address(a), address(pixels), DEPTH, address(panel), address(sums), mr * width * item], np.int64)
+    params = np.array(
+        [REPEATS, address(a), address(pixels), DEPTH, address(panel), address(sums), mr * width * item], np.int64
+    )
     flops = 2.0 * REPEATS * DEPTH * mr * width
     tasks = 8 * threads_used
-    return flops * tasks / _best(lambda: threads.parallel_for(_peak_task(8 * item, mr, nv), address(params), tasks, threads_used, flops), seconds)
+    return (
+        flops
+        * tasks
+        / _best(
+            lambda: threads.parallel_for(_peak_task(8 * item, mr, nv), address(params), tasks, threads_used, flops),
+            seconds,
+        )
+    )
 
 
 def copy_bandwidth(threads_used: int, nbytes: int, seconds: float = 0.2) -> float:

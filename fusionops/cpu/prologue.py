@@ -30,7 +30,7 @@ def vector_loop(b: ir.IRBuilder, lanes: Lanes, count: ir.Value, body: Any) -> No
 
 
 @intrinsic(prefer_literal=True)
-def merge_rows(typing, bits, to, to_step, source, step, rows, count, weight, factor, weights, accumulate):  # type: ignore[no-untyped-def]  # noqa: E501  # numba calls it with its own objects
+def merge_rows(typing, bits, to, to_step, source, step, rows, count, weight, factor, weights, accumulate):
     """to[r·to_step + i] (+)= source[r·step + i] · (1 | factor | weights[i]) for runs of channels; products and sums rounded one by one."""
     if not isinstance(bits, types.IntegerLiteral):
         return None
@@ -73,7 +73,7 @@ def merge_rows(typing, bits, to, to_step, source, step, rows, count, weight, fac
 
 
 @inline
-def merge_strided(bits, to, step, source, stride, count, source_c, channels, weight, factor, weights, accumulate):  # type: ignore[no-untyped-def]
+def merge_strided(bits, to, step, source, stride, count, source_c, channels, weight, factor, weights, accumulate):
     """merge_run for `count` columns whose channels are `source_c` apart: a transposition in blocks of 16 channels."""
     d, s, f = elements(bits, to), elements(bits, source), elements(bits, weights)
     for first in range(0, channels, 16):
@@ -91,7 +91,7 @@ def merge_strided(bits, to, step, source, stride, count, source_c, channels, wei
 
 
 @inline
-def load_tile(bits, params, to, n, h0, w0, c0, depth):  # type: ignore[no-untyped-def]
+def load_tile(bits, params, to, n, h0, w0, c0, depth):
     """to[h - h0][w - w0][c - c0] = merged[n, h, w, c] for the tile's rows and columns that lie inside the map."""
     p = words(params)
     item = bits // 8
@@ -130,9 +130,33 @@ def load_tile(bits, params, to, n, h0, w0, c0, depth):  # type: ignore[no-untype
                         merge_strided(bits, line + (w - w_from) * depth * item, depth, row + (w // up_w) * step_w * item, 0, 1,
                                       s[at.S_C], count, weight, rounded(bits, factor), weights, accumulate)  # fmt: skip
             elif up_w == 1 and count == depth and step_w == depth and weight != at.WEIGHT_VECTOR:
-                merge_rows(bits, line, 0, row + w_from * step_w * item, 0, 1, (w_to - w_from) * depth, weight, factor, weights, accumulate)
+                merge_rows(
+                    bits,
+                    line,
+                    0,
+                    row + w_from * step_w * item,
+                    0,
+                    1,
+                    (w_to - w_from) * depth,
+                    weight,
+                    factor,
+                    weights,
+                    accumulate,
+                )
             elif up_w == 1:
-                merge_rows(bits, line, depth, row + w_from * step_w * item, step_w, w_to - w_from, count, weight, factor, weights, accumulate)
+                merge_rows(
+                    bits,
+                    line,
+                    depth,
+                    row + w_from * step_w * item,
+                    step_w,
+                    w_to - w_from,
+                    count,
+                    weight,
+                    factor,
+                    weights,
+                    accumulate,
+                )
             else:  # each stored pixel is repeated, up_w times but at the tile's edges
                 w = w_from
                 while w < w_to:
@@ -144,7 +168,7 @@ def load_tile(bits, params, to, n, h0, w0, c0, depth):  # type: ignore[no-untype
 
 
 @intrinsic(prefer_literal=True)
-def rounded(typing, bits, value):  # type: ignore[no-untyped-def]  # numba calls it with its own objects
+def rounded(typing, bits, value):
     """A float64 as the element type."""
     if not isinstance(bits, types.IntegerLiteral):
         return None

@@ -149,10 +149,10 @@ class Lanes:
 
 def _prefetch_intrinsic(write: bool) -> Any:
     @intrinsic
-    def prefetch(typing, address, count):  # type: ignore[no-untyped-def]  # numba calls it with its own objects
+    def prefetch(typing, address, count):
         """Asks for `count` bytes from `address` on."""
 
-        def codegen(context, b, signature, args):  # type: ignore[no-untyped-def]
+        def codegen(context, b, signature, args):
             lanes = Lanes(b, 32)
             lines = b.sdiv(b.add(args[1], word(VECTOR_BYTES - 1)), word(VECTOR_BYTES))
             with cgutils.for_range(b, lines) as line:
@@ -171,8 +171,8 @@ prefetch_write = _prefetch_intrinsic(True)
 
 def _pointer_intrinsic(numba_type: Any, ir_type: ir.Type) -> Any:
     @intrinsic
-    def view(typing, address):  # type: ignore[no-untyped-def]  # numba calls it with its own objects
-        def codegen(context, b, signature, args):  # type: ignore[no-untyped-def]
+    def view(typing, address):
+        def codegen(context, b, signature, args):
             return b.inttoptr(args[0], ir_type.as_pointer())
 
         return types.CPointer(numba_type)(types.intp), codegen
@@ -185,13 +185,13 @@ doubles = _pointer_intrinsic(types.float64, ir.DoubleType())
 
 
 @intrinsic(prefer_literal=True)
-def elements(typing, bits, address):  # type: ignore[no-untyped-def]  # numba calls it with its own objects
+def elements(typing, bits, address):
     """The address as a pointer to float32 (bits = 32) or float64 (bits = 64); bits is literal."""
     if not isinstance(bits, types.IntegerLiteral):
         return None
     number, element = (types.float32, ir.FloatType()) if bits.literal_value == 32 else (types.float64, ir.DoubleType())
 
-    def codegen(context, b, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, b, signature, args):
         return b.inttoptr(args[1], element.as_pointer())
 
     return types.CPointer(number)(bits, types.intp), codegen

@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from fusionops.cpu import activation, params as at, threads
+from fusionops.cpu import activation, threads
+from fusionops.cpu import params as at
 from fusionops.cpu.launch import weight_word
 from fusionops.cpu.memory import address
 from fusionops.cpu.simd import COMPUTED
@@ -109,12 +110,17 @@ def _factors(source: SourceSpec, spec: FusionSpec, rank: int) -> list[int]:
 
 
 @functools.lru_cache(maxsize=512)
-def add_block(spec: FusionSpec, config: StreamConfig, out: tuple[int, ...], strides: tuple[tuple[int, ...], ...]) -> tuple[array[int], int]:
+def add_block(
+    spec: FusionSpec, config: StreamConfig, out: tuple[int, ...], strides: tuple[tuple[int, ...], ...]
+) -> tuple[array[int], int]:
     """The fixed words of an add, and its number of tasks. Pure."""
     shape = spec.merged_shape or (1,)
     rank, item = len(shape), ITEM_BYTES[spec.dtype]
     steps = [_aligned_axes(tuple(s // item for s in out), rank, None, 0)] if out else [[1]]
-    steps += [_aligned_axes(tuple(s // item for s in step), rank, source.shape, 0) for step, source in zip(strides, spec.sources, strict=True)]
+    steps += [
+        _aligned_axes(tuple(s // item for s in step), rank, source.shape, 0)
+        for step, source in zip(strides, spec.sources, strict=True)
+    ]
     factors = [[1] * rank] + [_factors(source, spec, rank) for source in spec.sources]
     weighted = any(source.weight == "vector" for source in spec.sources)
     channel_axis = -1
@@ -128,11 +134,13 @@ def add_block(spec: FusionSpec, config: StreamConfig, out: tuple[int, ...], stri
     depth = len(space.extents)
     size = operand_words(depth)
     plain = spec.activation is None and all(source.weight is None for source in spec.sources)
-    plain = plain and all(step[-1] == 1 and factor[-1] == 1 for step, factor in zip(space.steps, space.factors, strict=True))
+    plain = plain and all(
+        step[-1] == 1 and factor[-1] == 1 for step, factor in zip(space.steps, space.factors, strict=True)
+    )
     words = np.zeros(HEAD + depth + size * len(space.steps), np.int64)
     slope = spec.activation.parameters[0] if spec.activation and spec.activation.parameters else 0.0
-    words[:HEAD] = [len(spec.sources), depth, rows, task_rows, pieces, piece, plain, config.nontemporal,
-                    activation.code(spec.activation), np.float64(slope).view(np.int64), space.channel]  # fmt: skip
+    words[:HEAD] = [len(spec.sources), depth, rows, task_rows, pieces, piece, int(plain), int(config.nontemporal),
+                    activation.code(spec.activation), weight_word(slope), space.channel]  # fmt: skip
     words[HEAD : HEAD + depth] = space.extents
     kinds = {None: at.WEIGHT_NONE, "scalar": at.WEIGHT_SCALAR, "vector": at.WEIGHT_VECTOR}
     for j, (step, factor) in enumerate(zip(space.steps, space.factors, strict=True)):
@@ -153,7 +161,9 @@ def run_add(spec: FusionSpec, config: StreamConfig, operands: Operands, out: np.
         words[start + j * size] = address(source)
     for j, weight in enumerate(operands.weights, 1):
         words[start + j * size + 2] = weight_word(weight)
-    threads.parallel_for(add_task(8 * ITEM_BYTES[spec.dtype]), words.buffer_info()[0], tasks, threads.get_num_threads(), SPAN_FLOPS)
+    threads.parallel_for(
+        add_task(8 * ITEM_BYTES[spec.dtype]), words.buffer_info()[0], tasks, threads.get_num_threads(), SPAN_FLOPS
+    )
 
 
 def run_add_any(spec: FusionSpec, config: StreamConfig, operands: Operands, out: np.ndarray[Any, Any]) -> None:
@@ -201,7 +211,15 @@ def run_concat(spec: FusionSpec, config: StreamConfig, operands: Operands, out: 
             alone = FusionSpec(Merge.ADD, (stated,), dtype=spec.dtype, layout=spec.layout)
             run_add(alone, config, Operands((source,), (operands.weights[j],)), out[where])
         elif source.dtype == out.dtype and (steps := _row_steps(source, axis)) and (to := _row_steps(out[where], axis)):
-            spans.append((address(source), steps[0], address(out[where]), to[0], math.prod(source.shape[axis:]) * source.itemsize))
+            spans.append(
+                (
+                    address(source),
+                    steps[0],
+                    address(out[where]),
+                    to[0],
+                    math.prod(source.shape[axis:]) * source.itemsize,
+                )
+            )
         else:
             np.copyto(out[where], source, casting="same_kind")
     if not spans:
@@ -212,7 +230,10 @@ def run_concat(spec: FusionSpec, config: StreamConfig, operands: Operands, out: 
     task_rows = max(1, span_bytes // total)
     covers = len(spans) == len(operands.sources) and all(to == total for _, _, _, to, _ in spans)
     staged = total if config.nontemporal and covers and 2 * total <= STAGE_BYTES else 0
-    words = np.array([len(spans), rows, task_rows, pieces, config.nontemporal, staged, *(word for span in spans for word in span)], np.int64)
+    words = np.array(
+        [len(spans), rows, task_rows, pieces, config.nontemporal, staged, *(word for span in spans for word in span)],
+        np.int64,
+    )
     assert words.size == CONCAT_HEAD + CONCAT_WORDS * len(spans)
     tasks = -(-rows // task_rows) * pieces
     threads.parallel_for(concat_task(), address(words), tasks, threads.get_num_threads(), SPAN_FLOPS)
@@ -225,7 +246,9 @@ def _row_steps(array: np.ndarray[Any, Any], axis: int) -> tuple[int] | None:
         if extent != 1 and step != inner:
             return None
         inner *= extent
-    outer = [(extent, step) for extent, step in zip(array.shape[:axis], array.strides[:axis], strict=True) if extent != 1]
+    outer = [
+        (extent, step) for extent, step in zip(array.shape[:axis], array.strides[:axis], strict=True) if extent != 1
+    ]
     if not outer:
         return (inner,)
     row = outer[-1][1]
@@ -247,7 +270,9 @@ def _kernel(name: str, merge: Merge, dtype: str | None, run: Any) -> Kernel:
         if spec.contraction is not None:
             reasons.append("the spec contracts, needs a merge alone")
         if dtype and any(kind != dtype for kind in (spec.dtype, *(source.dtype for source in spec.sources))):
-            reasons.append(f"dtypes are {', '.join(source.dtype for source in spec.sources)} to {spec.dtype}, needs {dtype}")
+            reasons.append(
+                f"dtypes are {', '.join(source.dtype for source in spec.sources)} to {spec.dtype}, needs {dtype}"
+            )
         for name in ("scale", "shift", "activation"):
             if any(getattr(source, name) for source in spec.sources):
                 reasons.append(f"a source has {name}, which the tile load does not apply yet")

@@ -31,7 +31,7 @@ def operand_words(depth: int) -> int:
 
 
 @intrinsic(prefer_literal=True)
-def add_run(typing, bits, to, table, sources, count, nontemporal):  # type: ignore[no-untyped-def]  # numba calls it with its own objects
+def add_run(typing, bits, to, table, sources, count, nontemporal):
     """to[i] = ((x0[i] + x1[i]) + x2[i]) + … for contiguous runs whose addresses stand in `table`."""
     if not isinstance(bits, types.IntegerLiteral):
         return None
@@ -88,7 +88,7 @@ def add_run(typing, bits, to, table, sources, count, nontemporal):  # type: igno
 
 
 @inline
-def operand_offset(params, operand, row):  # type: ignore[no-untyped-def]
+def operand_offset(params, operand, row):
     """Elements from an operand's base to the start of row `row`: the axes but the last, with upsampling by their factors."""
     p = words(params)
     depth = p[DEPTH]
@@ -103,7 +103,7 @@ def operand_offset(params, operand, row):  # type: ignore[no-untyped-def]
 
 
 @inline
-def weight_position(params, row):  # type: ignore[no-untyped-def]
+def weight_position(params, row):
     """Index of the row along the channel axis, where that is not the last one."""
     p = words(params)
     depth, channel = p[DEPTH], p[CHANNEL]
@@ -113,7 +113,7 @@ def weight_position(params, row):  # type: ignore[no-untyped-def]
 
 
 @inline
-def merge_general(bits, params, to, source, step, factor, first, count, kind, weight, weights, accumulate):  # type: ignore[no-untyped-def]
+def merge_general(bits, params, to, source, step, factor, first, count, kind, weight, weights, accumulate):
     """merge_rows for one run with any step, each element repeated `factor` times."""
     d, s, w = elements(bits, to), elements(bits, source), elements(bits, weights)
     for i in range(count):
@@ -128,7 +128,7 @@ def merge_general(bits, params, to, source, step, factor, first, count, kind, we
 
 
 @inline
-def add_general(bits, params, row, first, count, buffer):  # type: ignore[no-untyped-def]
+def add_general(bits, params, row, first, count, buffer):
     """One run of an add with weights, an activation or any steps, through a buffer in L1."""
     p = words(params)
     item = bits // 8
@@ -151,7 +151,9 @@ def add_general(bits, params, row, first, count, buffer):  # type: ignore[no-unt
         if step == 1 and factor == 1:
             merge_rows(bits, buffer, 0, source + first * item, 0, 1, count, kind, weight, weights, j > 1)
         else:
-            merge_general(bits, params, buffer, source, step, factor, first, count, kind, rounded(bits, weight), weights, j > 1)
+            merge_general(
+                bits, params, buffer, source, step, factor, first, count, kind, rounded(bits, weight), weights, j > 1
+            )
     out = words(params + 8 * (HEAD + depth))
     step = out[3 + depth - 1]
     to = out[0] + (operand_offset(params, 0, row) + first * step) * item
@@ -165,7 +167,7 @@ def add_general(bits, params, row, first, count, buffer):  # type: ignore[no-unt
 
 
 @intrinsic(prefer_literal=True)
-def stack_words(typing, count):  # type: ignore[no-untyped-def]  # numba calls it with its own objects
+def stack_words(typing, count):
     """The address of `count` int64 on the stack of the task."""
     if not isinstance(count, types.IntegerLiteral):
         return None
@@ -184,7 +186,7 @@ def add_task(bits: int) -> int:
     """Address of the task of an add."""
     item = bits // 8
 
-    def add(params, index, slot):  # type: ignore[no-untyped-def]
+    def add(params, index, slot):
         p = words(params)
         depth, sources = p[DEPTH], p[SOURCES]
         size = 3 + 2 * depth
@@ -208,7 +210,7 @@ def add_task(bits: int) -> int:
 
 
 @intrinsic
-def copy_rows(typing, to, to_step, source, step, rows, count, nontemporal):  # type: ignore[no-untyped-def]  # noqa: E501  # numba calls it with its own objects
+def copy_rows(typing, to, to_step, source, step, rows, count, nontemporal):
     """Copies `rows` rows of `count` bytes; no two overlap."""
     signature = types.void(*[types.intp] * 7)
 
@@ -234,12 +236,11 @@ def copy_rows(typing, to, to_step, source, step, rows, count, nontemporal):  # t
             return b.add(first_to, b.mul(index, to_step)), b.add(first_source, b.mul(index, step))
 
         with b.if_else(b.icmp_signed("<", count, word(VECTOR_BYTES))) as (short, long):
-            with short:
-                with cgutils.for_range(b, rows) as r:
-                    to, source = row_of(r.index)
-                    with cgutils.for_range(b, count) as i:
-                        octet = b.load(b.inttoptr(b.add(source, i.index), I8.as_pointer()))
-                        b.store(octet, b.inttoptr(b.add(to, i.index), I8.as_pointer()))
+            with short, cgutils.for_range(b, rows) as r:
+                to, source = row_of(r.index)
+                with cgutils.for_range(b, count) as i:
+                    octet = b.load(b.inttoptr(b.add(source, i.index), I8.as_pointer()))
+                    b.store(octet, b.inttoptr(b.add(to, i.index), I8.as_pointer()))
             with long:  # a row's first or last vector may overlap its neighbour in the row: no loop over single bytes
                 last = b.sub(count, word(VECTOR_BYTES))
                 with cgutils.for_range(b, rows) as r:
@@ -266,7 +267,7 @@ def concat_task() -> int:
     Rows that lie side by side in the output and go around the caches are first gathered in L1, so that every line is stored whole.
     """
 
-    def concat(params, index, slot):  # type: ignore[no-untyped-def]
+    def concat(params, index, slot):
         p = words(params)
         sources, rows, task_rows, pieces, nontemporal, staged_bytes = p[0], p[1], p[2], p[3], p[4], p[5]
         piece, row0 = index % pieces, index // pieces * task_rows
@@ -281,11 +282,27 @@ def concat_task() -> int:
                     s = words(params + 8 * (CONCAT_HEAD + j * CONCAT_WORDS))
                     copy_rows(to, staged_bytes, s[0] + row * s[1], s[1], count, s[4], 0)
                     to += s[4]
-                copy_rows(words(params + 8 * CONCAT_HEAD)[2] + row * staged_bytes, 0, stage, 0, 1, count * staged_bytes, nontemporal)
+                copy_rows(
+                    words(params + 8 * CONCAT_HEAD)[2] + row * staged_bytes,
+                    0,
+                    stage,
+                    0,
+                    1,
+                    count * staged_bytes,
+                    nontemporal,
+                )
         else:
             for j in range(sources):
                 s = words(params + 8 * (CONCAT_HEAD + j * CONCAT_WORDS))
                 start, end = s[4] * piece // pieces, s[4] * (piece + 1) // pieces
-                copy_rows(s[2] + row0 * s[3] + start, s[3], s[0] + row0 * s[1] + start, s[1], row1 - row0, end - start, nontemporal)
+                copy_rows(
+                    s[2] + row0 * s[3] + start,
+                    s[3],
+                    s[0] + row0 * s[1] + start,
+                    s[1],
+                    row1 - row0,
+                    end - start,
+                    nontemporal,
+                )
 
     return task(concat)

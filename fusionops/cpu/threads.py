@@ -17,7 +17,6 @@ import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
 from fusionops.cpu import jit
@@ -25,7 +24,7 @@ from fusionops.cpu.simd import I64, word
 
 
 @intrinsic
-def call_task(typing, function, params, index, slot):  # type: ignore[no-untyped-def]  # numba calls it with its own objects
+def call_task(typing, function, params, index, slot):
     signature = types.void(types.intp, types.intp, types.intp, types.intp)
 
     def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Any:
@@ -37,7 +36,7 @@ def call_task(typing, function, params, index, slot):  # type: ignore[no-untyped
 
 
 @intrinsic
-def take_next(typing, counter):  # type: ignore[no-untyped-def]  # numba calls it with its own objects
+def take_next(typing, counter):
     """The value of the int64 at address `counter`, which is increased by one atomically."""
     signature = types.intp(types.intp)
 
@@ -47,12 +46,12 @@ def take_next(typing, counter):  # type: ignore[no-untyped-def]  # numba calls i
     return signature, codegen
 
 
-def _serial(function, params, first, last):  # type: ignore[no-untyped-def]
+def _serial(function, params, first, last):
     for index in range(first, last):
         call_task(function, params, index, 0)
 
 
-def _parallel(function, params, counter, last, slots):  # type: ignore[no-untyped-def]
+def _parallel(function, params, counter, last, slots):
     for slot in numba.prange(slots):
         mine = np.int64(slot)  # a prange index is unsigned
         index = take_next(counter)
@@ -90,14 +89,16 @@ os.register_at_fork(after_in_child=_LAYER.after_fork)
 # cores: a parallel launch costs 4.5 µs, a serial one 1.9 µs; 3 MFLOP are some 20 µs of one core.
 SERIAL_FLOPS = 3.0e6
 
-# Python sees signals only between launches, so a launch ends after about this much work: some 50 ms of one slow core.
-LAUNCH_FLOPS = 2.0e9
+# Python sees signals only between launches, so a launch ends after about this much work of each thread: 50 ms at
+# 100 GFLOP/s. Shorter launches cost more waiting for the last task of each.
+LAUNCH_FLOPS = 5.0e9
 
 
 @functools.cache
 def available_threads() -> int:
     """Cores this process may run on when it first asks, as far as numba's pool reaches."""
-    return min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, numba.config.NUMBA_NUM_THREADS)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, int(numba.config.NUMBA_NUM_THREADS))
 
 
 _requested: int | None = None
@@ -120,7 +121,7 @@ def layer_name() -> str | None:
 
 def parallel_for(task: int, params: int, tasks: int, threads: int, flops_per_task: float) -> None:
     """Runs `tasks` tasks on up to `threads` threads; the work of a task that computes little is what FLOPs take as long."""
-    slice_tasks = max(threads, int(LAUNCH_FLOPS / max(flops_per_task, 1.0)))
+    slice_tasks = max(threads, int(threads * LAUNCH_FLOPS / max(flops_per_task, 1.0)))
     if threads > 1 and _LAYER.first_pid not in (None, os.getpid()) and _LAYER.name == "omp":
         threads = 1  # an OpenMP runtime kills a forked child at its first team
     if threads == 1 or tasks == 1 or tasks * flops_per_task < SERIAL_FLOPS:
@@ -137,7 +138,9 @@ def parallel_for(task: int, params: int, tasks: int, threads: int, flops_per_tas
 def _launch(task: int, params: int, counter: np.ndarray, last: int, slots: int) -> None:
     run = _parallel_entry()
     if _LAYER.name is None or _LAYER.name == "workqueue":
-        with _LAYER.lock:  # two launches at once abort the process on workqueue; the first launch finds out which layer it is
+        with (
+            _LAYER.lock
+        ):  # two launches at once abort the process on workqueue; the first launch finds out which layer it is
             run(task, params, counter.ctypes.data, last, slots)
             if _LAYER.name is None:
                 _LAYER.name = numba.threading_layer()

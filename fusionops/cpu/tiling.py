@@ -11,7 +11,7 @@ from functools import cached_property
 
 from fusionops.cpu.simd import VECTOR_BYTES
 from fusionops.device import CpuDevice
-from fusionops.spec import FusionSpec, ITEM_BYTES, filter_reach
+from fusionops.spec import ITEM_BYTES, FusionSpec, filter_reach
 
 WORD_BYTES = 8
 GROUP_WORDS = 5  # of a group of mr pixels that share their taps: r from, to; s from, to; pixels in use
@@ -101,7 +101,9 @@ class ConvTiling:
         per_vector = VECTOR_BYTES // device.vector_bytes
         registers = (self.mr * self.nv + self.nv) * per_vector + 1
         if registers > device.vector_registers:
-            reasons.append(f"the register tile needs {registers} vector registers, {device.name} has {device.vector_registers}")
+            reasons.append(
+                f"the register tile needs {registers} vector registers, {device.name} has {device.vector_registers}"
+            )
         if self.scratch_bytes > SCRATCH_LIMIT:
             reasons.append(f"needs {self.scratch_bytes} B of scratch a thread, the limit is {SCRATCH_LIMIT} B")
         return tuple(reasons)
@@ -169,13 +171,17 @@ def plan(spec: FusionSpec, device: CpuDevice, *, flat: bool = False) -> ConvTili
     return tiling
 
 
-def _with_tile(spec: FusionSpec, mr: int, nv: int, tile_p: int, tile_q: int, depth: int, blocks: int, task_blocks: int) -> ConvTiling:
+def _with_tile(
+    spec: FusionSpec, mr: int, nv: int, tile_p: int, tile_q: int, depth: int, blocks: int, task_blocks: int
+) -> ConvTiling:
     conv = spec.conv
     item = ITEM_BYTES[spec.dtype]
     group_channels = spec.C // conv.groups
     rows, cols = (
         (tile - 1) * stride + filter_reach(taps, dilation)
-        for tile, stride, taps, dilation in zip((tile_p, tile_q), conv.stride, (conv.R, conv.S), conv.dilation, strict=True)
+        for tile, stride, taps, dilation in zip(
+            (tile_p, tile_q), conv.stride, (conv.R, conv.S), conv.dilation, strict=True
+        )
     )
     # Pixels that share their valid taps form runs of rows and of columns: one with all taps, one for each number of taps
     # missing at either end, up to all of them. Each pair of runs ends in one register tile that may not be full.
