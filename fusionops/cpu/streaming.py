@@ -14,13 +14,14 @@ from fusionops.cpu import params as at
 from fusionops.cpu.epilogue import finish_rows
 from fusionops.cpu.jit import inline, task
 from fusionops.cpu.prologue import merge_rows, rounded
-from fusionops.cpu.simd import I8, I64, VECTOR_BYTES, Lanes, doubles, elements, word, words
+from fusionops.cpu.simd import I8, I64, VECTOR_BYTES, Lanes, doubles, elements, prefetch_read, word, words
 
 # Words of an add: these, then the extents, then for each operand (output first) base, weight kind, weight, steps, factors.
 SOURCES, DEPTH, ROWS, TASK_ROWS, PIECES, PIECE, PLAIN, NONTEMPORAL, ACTIVATION, SLOPE, CHANNEL = range(11)
 HEAD = 11
-# Words of a concat: sources, rows, rows of a task, pieces of a row, nontemporal, bytes of a staged row; then for each source address, step, address in the output, step, bytes of a row.
-CONCAT_HEAD, CONCAT_WORDS = 6, 5
+# Words of a concat: sources, rows, rows of a task, pieces of a row, whether around the caches, bytes of a staged row, rows
+# at a time, output; then for each source its address and step, where it starts in an output row, that step, bytes of a row.
+CONCAT_HEAD, CONCAT_WORDS = 8, 5
 
 BLOCK = 1024  # elements of the buffer that a general add goes through: 4 to 8 KiB, a small part of L1
 UNROLL = 4  # vectors in flight; 8 gained nothing
@@ -210,99 +211,138 @@ def add_task(bits: int) -> int:
 
 
 @intrinsic
-def copy_rows(typing, to, to_step, source, step, rows, count, nontemporal):
+def copy_rows(typing, to, to_step, source, step, rows, count):
     """Copies `rows` rows of `count` bytes; no two overlap."""
-    signature = types.void(*[types.intp] * 7)
+    signature = types.void(*[types.intp] * 6)
 
     def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        first_to, to_step, first_source, step, rows, count, nontemporal = args
+        first_to, to_step, first_source, step, rows, count = args
         lanes = Lanes(b, 32)
 
-        def move(to: ir.Value, source: ir.Value, offset: ir.Value, vectors: int, store: Any) -> None:
-            places = [b.add(offset, word(v * VECTOR_BYTES)) for v in range(vectors)]
-            values = [lanes.load(lanes.pointer(b.add(source, place))) for place in places]
-            for value, place in zip(values, places, strict=True):
-                store(value, lanes.pointer(b.add(to, place)))
-
-        def whole_vectors(to: ir.Value, source: ir.Value, start: ir.Value, store: Any) -> None:
-            vectors = b.sdiv(b.sub(count, start), word(VECTOR_BYTES))
-            blocks = b.sdiv(vectors, word(UNROLL))
-            with cgutils.for_range(b, blocks) as i:
-                move(to, source, b.add(start, b.mul(i.index, word(UNROLL * VECTOR_BYTES))), UNROLL, store)
-            with cgutils.for_range(b, vectors, start=b.mul(blocks, word(UNROLL))) as i:
-                move(to, source, b.add(start, b.mul(i.index, word(VECTOR_BYTES))), 1, store)
+        def move(to: ir.Value, source: ir.Value, offset: ir.Value) -> None:
+            lanes.store(lanes.load(lanes.pointer(b.add(source, offset))), lanes.pointer(b.add(to, offset)))
 
         def row_of(index: ir.Value) -> tuple[ir.Value, ir.Value]:
             return b.add(first_to, b.mul(index, to_step)), b.add(first_source, b.mul(index, step))
 
         with b.if_else(b.icmp_signed("<", count, word(VECTOR_BYTES))) as (short, long):
-            with short, cgutils.for_range(b, rows) as r:
-                to, source = row_of(r.index)
-                with cgutils.for_range(b, count) as i:
-                    octet = b.load(b.inttoptr(b.add(source, i.index), I8.as_pointer()))
-                    b.store(octet, b.inttoptr(b.add(to, i.index), I8.as_pointer()))
-            with long:  # a row's first or last vector may overlap its neighbour in the row: no loop over single bytes
-                last = b.sub(count, word(VECTOR_BYTES))
+            with short:
                 with cgutils.for_range(b, rows) as r:
                     to, source = row_of(r.index)
-                    with b.if_else(b.icmp_signed("!=", nontemporal, word(0))) as (around, through):
-                        with around:
-                            move(to, source, word(0), 1, lanes.store)
-                            whole_vectors(to, source, b.and_(b.neg(to), word(VECTOR_BYTES - 1)), lanes.stream)
-                        with through:
-                            whole_vectors(to, source, word(0), lanes.store)
-                    move(to, source, last, 1, lanes.store)
+                    with cgutils.for_range(b, count) as i:
+                        octet = b.load(b.inttoptr(b.add(source, i.index), I8.as_pointer()))
+                        b.store(octet, b.inttoptr(b.add(to, i.index), I8.as_pointer()))
+            with long:  # a row's last vector may overlap the one before it: no loop over single bytes
+                last = b.sub(count, word(VECTOR_BYTES))
+                whole = b.sdiv(b.add(last, word(VECTOR_BYTES - 1)), word(VECTOR_BYTES))
+                with cgutils.for_range(b, rows) as r:
+                    to, source = row_of(r.index)
+                    with cgutils.for_range(b, whole) as v:
+                        move(to, source, b.mul(v.index, word(VECTOR_BYTES)))
+                    move(to, source, last)
         return context.get_dummy_value()
 
     return signature, codegen
 
 
-STAGE_BYTES = 1 << 14  # of the output, gathered in L1 and stored as one run
+@intrinsic
+def stream_lines(typing, to, source, lines):
+    """Stores `lines` vectors around the caches; `to` is a multiple of VECTOR_BYTES."""
+    signature = types.void(*[types.intp] * 3)
+
+    def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        to, source, lines = args
+        lanes = Lanes(b, 32)
+        with cgutils.for_range(b, lines) as line:
+            offset = b.mul(line.index, word(VECTOR_BYTES))
+            lanes.stream(lanes.load(lanes.pointer(b.add(source, offset))), lanes.pointer(b.add(to, offset)))
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+# Bytes of the output gathered in L1 at a time. 16 KiB took 1.25× as long: the memory rests while the stores leave.
+STAGE_BYTES = 1 << 11
+LONG_BYTES = 1 << 13  # a run this long goes around the caches by itself: its first and last line hardly count
+STAGE_WORDS = (LONG_BYTES + STAGE_BYTES) // 8 + 32  # a row less than LONG_BYTES, room to align, and what is held back
+BLOCK_BYTES = 1 << 12  # of the output, written by all sources in turn: a page, which the prefetchers follow
+
+
+@inline
+def copy_around(to, source, count):
+    """Copies one long run: whole lines around the caches, what is left of the first and the last one through them."""
+    head = -to % VECTOR_BYTES
+    lines = (count - head) // VECTOR_BYTES
+    done = head + lines * VECTOR_BYTES
+    copy_rows(to, 0, source, 0, 1, head)
+    stream_lines(to + head, source + head, lines)
+    copy_rows(to + done, 0, source + done, 0, 1, count - done)
+
+
+@inline
+def concat_block(params, to, row, count, piece, pieces):
+    """Copies `count` rows of every source, or of each one of `pieces` equal parts, to the output from address `to` on."""
+    p = words(params)
+    for j in range(p[0]):
+        s = words(params + 8 * (CONCAT_HEAD + j * CONCAT_WORDS))
+        start, end = s[4] * piece // pieces, s[4] * (piece + 1) // pieces
+        here, source, size = to + s[2] + start, s[0] + row * s[1] + start, end - start
+        if p[4] and size >= LONG_BYTES:
+            for r in range(count):
+                copy_around(here + r * s[3], source + r * s[1], size)
+        else:
+            copy_rows(here, s[3], source, s[1], count, size)
+
+
+@inline
+def concat_around(params, row0, row1):
+    """Rows that lie side by side in the output, stored around the caches.
+
+    They are gathered in L1 first: a line stored in parts costs ten times one stored whole. What does not fill a line waits
+    for the next rows.
+    """
+    p = words(params)
+    row_bytes, block = p[5], p[6]
+    to = p[7] + row0 * row_bytes
+    stage = -(-stack_words(STAGE_WORDS) // VECTOR_BYTES) * VECTOR_BYTES
+    lead = to % VECTOR_BYTES  # the stage begins as far into a line as the output does
+    to -= lead
+    held = lead
+    for row in range(row0, row1, block):
+        count = min(block, row1 - row)
+        concat_block(params, stage + held, row, count, 0, 1)
+        for j in range(p[0]):  # comes while the stores below leave
+            s = words(params + 8 * (CONCAT_HEAD + j * CONCAT_WORDS))
+            prefetch_read(s[0] + (row + count) * s[1], count * s[4])
+        held += count * row_bytes
+        lines = held // VECTOR_BYTES
+        if lines > 0:
+            first = 0
+            if lead > 0:
+                copy_rows(to + lead, 0, stage + lead, 0, 1, VECTOR_BYTES - lead)
+                first, lead = 1, 0
+            skip = first * VECTOR_BYTES
+            stream_lines(to + skip, stage + skip, lines - first)
+            rest = held - lines * VECTOR_BYTES
+            copy_rows(stage, 0, stage + lines * VECTOR_BYTES, 0, 1, rest)
+            to, held = to + lines * VECTOR_BYTES, rest
+    copy_rows(to + lead, 0, stage + lead, 0, 1, held - lead)
 
 
 @functools.cache
 def concat_task() -> int:
-    """Address of the task of a concat: a range of rows, or of one row's bytes.
-
-    Rows that lie side by side in the output and go around the caches are first gathered in L1, so that every line is stored whole.
-    """
+    """Address of the task of a concat: a range of rows, or of each source's row one of PIECES equal parts."""
 
     def concat(params, index, slot):
         p = words(params)
-        sources, rows, task_rows, pieces, nontemporal, staged_bytes = p[0], p[1], p[2], p[3], p[4], p[5]
+        rows, task_rows, pieces, staged_bytes, block = p[1], p[2], p[3], p[5], p[6]
         piece, row0 = index % pieces, index // pieces * task_rows
         row1 = min(rows, row0 + task_rows)
         if staged_bytes:
-            stage = stack_words(2048)
-            block = STAGE_BYTES // staged_bytes
-            for row in range(row0, row1, block):
-                count = min(block, row1 - row)
-                to = stage
-                for j in range(sources):
-                    s = words(params + 8 * (CONCAT_HEAD + j * CONCAT_WORDS))
-                    copy_rows(to, staged_bytes, s[0] + row * s[1], s[1], count, s[4], 0)
-                    to += s[4]
-                copy_rows(
-                    words(params + 8 * CONCAT_HEAD)[2] + row * staged_bytes,
-                    0,
-                    stage,
-                    0,
-                    1,
-                    count * staged_bytes,
-                    nontemporal,
-                )
+            concat_around(params, row0, row1)
         else:
-            for j in range(sources):
-                s = words(params + 8 * (CONCAT_HEAD + j * CONCAT_WORDS))
-                start, end = s[4] * piece // pieces, s[4] * (piece + 1) // pieces
-                copy_rows(
-                    s[2] + row0 * s[3] + start,
-                    s[3],
-                    s[0] + row0 * s[1] + start,
-                    s[1],
-                    row1 - row0,
-                    end - start,
-                    nontemporal,
-                )
+            to_step = words(params + 8 * CONCAT_HEAD)[3]
+            for row in range(row0, row1, block):  # few rows at a time, so that the output is written from front to back
+                concat_block(params, p[7] + row * to_step, row, min(block, row1 - row), piece, pieces)
 
     return task(concat)
