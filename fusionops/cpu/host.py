@@ -72,7 +72,6 @@ def facts() -> dict[str, object]:
         "device": device(),
         "threads": threads.get_num_threads(),
         "cores": os.cpu_count(),
-        "threading layer": threads.layer_name() or "not started yet",
         "numba": numba.__version__,
         "kernel cache": jit.cache_directory() or "none: no writable directory",
     }

@@ -34,6 +34,16 @@ OPTIONS: dict[str, Any] = {
 
 _LOCK = RLock()  # compilation is rare; numba's cache location is process-wide while one is under way
 
+
+
+def _forget_lock() -> None:
+    """In a forked child, where the thread that held the lock may not exist."""
+    global _LOCK
+    _LOCK = RLock()
+
+
+os.register_at_fork(after_in_child=_forget_lock)
+
 # What a damaged or half-written cache entry raises when it is loaded.
 CACHE_ERRORS = (
     EOFError,

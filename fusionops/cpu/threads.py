@@ -1,26 +1,46 @@
-"""The one owner of parallel launches: a loop over independent tasks, with every guard of the threading layers in it.
+"""The one owner of parallel launches: a pool of threads that take the tasks of a launch one by one.
 
     for index in range(tasks): task(params, index, slot)
 
-Tasks are handed out one by one, so a slow core takes fewer; `slot` numbers the threads of one launch and picks scratch memory.
+`slot` numbers the threads of one launch and picks scratch memory. The caller works too, and waits only for tasks that another
+thread has begun: a worker that the system does not schedule costs nothing. Numba's own threading layers are not used; what
+they do under contention, threads and forks is in `docs/decisions`.
 """
 
 from __future__ import annotations
 
+import atexit
+import ctypes
 import functools
 import os
+import sys
+import threading
 from collections.abc import Callable
-from threading import RLock
 from typing import Any
 
 import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from fusionops.cpu import jit
-from fusionops.cpu.simd import I64, word
+from fusionops.cpu.memory import address
+from fusionops.cpu.simd import I32, I64, word, words
+
+# Words of a pool, each at the start of a cache line of its own where two threads write.
+OPEN = 0  # 1 while the tasks of a launch may be taken
+ACTIVE = 8  # workers that may be looking at the launch
+NEXT = 16  # the task that is handed out next
+TASK, PARAMS, LAST, SLOTS = 24, 25, 26, 27  # of the launch
+STOP = 32  # 1 when the process ends
+BELL = 40  # a POSIX semaphore that wakes the workers
+POOL_WORDS = 64
+
+# How often a worker asks for the next launch before it sleeps, yielding in between: some 50 µs, in which calls that follow
+# one another find it awake.
+PATIENCE = 100
 
 
 @intrinsic
@@ -36,14 +56,48 @@ def call_task(typing, function, params, index, slot):
 
 
 @intrinsic
-def take_next(typing, counter):
-    """The value of the int64 at address `counter`, which is increased by one atomically."""
-    signature = types.intp(types.intp)
+def fetch_add(typing, address, amount):
+    """The int64 at `address`, to which `amount` is added atomically."""
+    signature = types.intp(types.intp, types.intp)
 
     def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        return b.atomic_rmw("add", b.inttoptr(args[0], I64.as_pointer()), word(1), "monotonic")
+        return b.atomic_rmw("add", b.inttoptr(args[0], I64.as_pointer()), args[1], "seq_cst")
 
     return signature, codegen
+
+
+@intrinsic
+def exchange(typing, address, value):
+    """The int64 at `address`, which becomes `value`."""
+    signature = types.intp(types.intp, types.intp)
+
+    def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        return b.atomic_rmw("xchg", b.inttoptr(args[0], I64.as_pointer()), args[1], "seq_cst")
+
+    return signature, codegen
+
+
+def _library_call(name: str, takes_address: bool) -> Any:
+    @intrinsic
+    def call(typing, address):
+        """A function of the C library that takes a pointer or nothing, and returns an int."""
+
+        def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Any:
+            pointer = ir.IntType(8).as_pointer()
+            kind = ir.FunctionType(I32, [pointer] if takes_address else [])
+            function = cgutils.get_or_insert_function(b.module, kind, name)
+            result = b.call(function, [b.inttoptr(args[0], pointer)] if takes_address else [])
+            return b.sext(result, I64)
+
+        return types.intp(types.intp), codegen
+
+    return call
+
+
+sem_post = _library_call("sem_post", True)
+sem_wait = _library_call("sem_wait", True)
+sem_trywait = _library_call("sem_trywait", True)
+sched_yield = _library_call("sched_yield", False)
 
 
 def _serial(function, params, first, last):
@@ -51,13 +105,44 @@ def _serial(function, params, first, last):
         call_task(function, params, index, 0)
 
 
-def _parallel(function, params, counter, last, slots):
-    for slot in numba.prange(slots):
-        mine = np.int64(slot)  # a prange index is unsigned
-        index = take_next(counter)
-        while index < last:
-            call_task(function, params, index, mine)
-            index = take_next(counter)
+def _work(pool, slot):
+    """A worker's life: sleep, look whether a launch is open, take its tasks."""
+    p = words(pool)
+    bell = pool + 8 * BELL
+    while True:
+        tries = 0
+        while sem_trywait(bell) != 0:
+            tries += 1
+            if tries > PATIENCE:
+                sem_wait(bell)
+                break
+            sched_yield(0)
+        if fetch_add(pool + 8 * STOP, 0) != 0:
+            return
+        fetch_add(pool + 8 * ACTIVE, 1)  # before looking: who closes a launch waits for all who may have seen it open
+        if fetch_add(pool + 8 * OPEN, 0) != 0 and slot < p[SLOTS]:
+            index = fetch_add(pool + 8 * NEXT, 1)
+            while index < p[LAST]:
+                call_task(p[TASK], p[PARAMS], index, slot)
+                index = fetch_add(pool + 8 * NEXT, 1)
+        fetch_add(pool + 8 * ACTIVE, -1)
+
+
+def _launch(pool, function, params, first, last, slots):
+    """Opens a launch, wakes slots - 1 workers, works, closes the launch and waits for who is still at a task."""
+    p = words(pool)
+    p[TASK], p[PARAMS], p[LAST], p[SLOTS] = function, params, last, slots
+    exchange(pool + 8 * NEXT, first)
+    exchange(pool + 8 * OPEN, 1)
+    for _ in range(slots - 1):
+        sem_post(pool + 8 * BELL)
+    index = fetch_add(pool + 8 * NEXT, 1)
+    while index < last:
+        call_task(function, params, index, 0)
+        index = fetch_add(pool + 8 * NEXT, 1)
+    exchange(pool + 8 * OPEN, 0)
+    while fetch_add(pool + 8 * ACTIVE, 0) != 0:
+        sched_yield(0)
 
 
 @functools.cache
@@ -66,27 +151,69 @@ def _serial_entry() -> Callable[..., None]:
 
 
 @functools.cache
-def _parallel_entry() -> Callable[..., None]:
-    return jit.entry(types.void(*[types.int64] * 5), _parallel, parallel=True)
+def _work_entry() -> Callable[..., None]:
+    return jit.entry(types.void(*[types.int64] * 2), _work)
 
 
-class _Layer:
-    """What this process knows of numba's threading layer. Guards measured in `docs/decisions`."""
+@functools.cache
+def _launch_entry() -> Callable[..., None]:
+    return jit.entry(types.void(*[types.int64] * 6), _launch)
+
+
+class Pool:
+    """Worker threads and the block of words through which they are given launches."""
 
     def __init__(self) -> None:
-        self.lock = RLock()
-        self.first_pid: int | None = None  # of the process that launched first
-        self.name: str | None = None
+        self.lock = threading.Lock()  # one launch at a time
+        self.words = np.zeros(POOL_WORDS, np.int64)
+        # A worker may look at the words while the interpreter dismantles itself: they are never freed.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.words))
+        self.address = address(self.words)
+        self.workers: list[threading.Thread] = []
+        ctypes.CDLL(None).sem_init(ctypes.c_void_p(self.address + 8 * BELL), 0, 0)
 
-    def after_fork(self) -> None:
-        self.lock = RLock()  # its owner may not exist in the child
+    def grow(self, count: int) -> None:
+        """Makes sure that there are `count` workers; slot 0 is the caller's."""
+        while len(self.workers) < count:
+            slot = len(self.workers) + 1
+            worker = threading.Thread(target=_work_entry(), args=(self.address, slot), name=f"fusionops-{slot}", daemon=True)
+            worker.start()
+            self.workers.append(worker)
+
+    def stop(self) -> None:
+        """Ends the workers, so that none is in compiled code when that goes."""
+        self.words[STOP] = 1
+        for _ in self.workers:
+            ctypes.CDLL(None).sem_post(ctypes.c_void_p(self.address + 8 * BELL))
+        for worker in self.workers:
+            worker.join(timeout=1.0)
 
 
-_LAYER = _Layer()
-os.register_at_fork(after_in_child=_LAYER.after_fork)
+_POOL: Pool | None = None
+_POOL_LOCK = threading.Lock()
 
-# Below this much work in all, a second thread takes longer to wake and to be waited for than it saves. Measured on two
-# cores: a parallel launch costs 4.5 µs, a serial one 1.9 µs; 3 MFLOP are some 20 µs of one core.
+
+def _pool() -> Pool:
+    global _POOL
+    if _POOL is None:
+        with _POOL_LOCK:
+            if _POOL is None:
+                _POOL = Pool()
+                atexit.register(_POOL.stop)
+    return _POOL
+
+
+def _forget_pool() -> None:
+    """In a forked child, where the workers do not exist: the next launch makes a pool of its own."""
+    global _POOL, _POOL_LOCK
+    if _POOL is not None:
+        atexit.unregister(_POOL.stop)
+    _POOL, _POOL_LOCK = None, threading.Lock()
+
+
+os.register_at_fork(after_in_child=_forget_pool)
+
+# Below this much work in all, waking a second thread costs more than it saves: 20 µs of one core at 150 GFLOP/s.
 SERIAL_FLOPS = 3.0e6
 
 # Python sees signals only between launches, so a launch ends after about this much work of each thread: 50 ms at
@@ -96,9 +223,10 @@ LAUNCH_FLOPS = 5.0e9
 
 @functools.cache
 def available_threads() -> int:
-    """Cores this process may run on when it first asks, as far as numba's pool reaches."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, int(numba.config.NUMBA_NUM_THREADS))
+    """Cores this process may run on when it first asks, no more than NUMBA_NUM_THREADS; 1 where there are no semaphores."""
+    if not sys.platform.startswith("linux"):
+        return 1
+    return min(len(os.sched_getaffinity(0)), int(numba.config.NUMBA_NUM_THREADS))
 
 
 _requested: int | None = None
@@ -114,42 +242,33 @@ def get_num_threads() -> int:
     return _requested if _requested is not None else available_threads()
 
 
-def layer_name() -> str | None:
-    """Numba's threading layer, once a launch has started it."""
-    return _LAYER.name
-
-
 def parallel_for(task: int, params: int, tasks: int, threads: int, flops_per_task: float) -> None:
-    """Runs `tasks` tasks on up to `threads` threads; the work of a task that computes little is what FLOPs take as long."""
-    slice_tasks = max(threads, int(threads * LAUNCH_FLOPS / max(flops_per_task, 1.0)))
-    if threads > 1 and _LAYER.first_pid not in (None, os.getpid()) and _LAYER.name == "omp":
-        threads = 1  # an OpenMP runtime kills a forked child at its first team
-    if threads == 1 or tasks == 1 or tasks * flops_per_task < SERIAL_FLOPS:
-        run = _serial_entry()
-        for first in range(0, tasks, slice_tasks):
-            run(task, params, first, min(tasks, first + slice_tasks))
-        return
-    counter = np.zeros(1, np.int64)
-    for first in range(0, tasks, slice_tasks):
-        counter[0] = first
-        _launch(task, params, counter, min(tasks, first + slice_tasks), min(threads, tasks - first))
+    """Runs `tasks` tasks on up to `threads` threads; the work of a task that computes little is what FLOPs take as long.
+
+    While another Python thread's launch has the pool, the caller works alone: the bits are the same.
+    """
+    if threads > 1 and tasks > 1 and tasks * flops_per_task >= SERIAL_FLOPS:
+        pool = _pool()
+        if pool.lock.acquire(blocking=False):
+            try:
+                pool.grow(threads - 1)
+                launch = functools.partial(_launch_entry(), pool.address, task, params)
+                _sliced(launch, tasks, threads, flops_per_task, threads)
+            finally:
+                pool.lock.release()
+            return
+    _sliced(functools.partial(_serial_entry(), task, params), tasks, 1, flops_per_task)
 
 
-def _launch(task: int, params: int, counter: np.ndarray, last: int, slots: int) -> None:
-    run = _parallel_entry()
-    if _LAYER.name is None or _LAYER.name == "workqueue":
-        with (
-            _LAYER.lock
-        ):  # two launches at once abort the process on workqueue; the first launch finds out which layer it is
-            run(task, params, counter.ctypes.data, last, slots)
-            if _LAYER.name is None:
-                _LAYER.name = numba.threading_layer()
-                _LAYER.first_pid = os.getpid()
-    else:
-        run(task, params, counter.ctypes.data, last, slots)
+def _sliced(run: Callable[..., None], tasks: int, threads: int, flops_per_task: float, *slots: int) -> None:
+    """run(first, last, …) over all tasks, returning to Python every LAUNCH_FLOPS of each thread."""
+    step = max(threads, int(threads * LAUNCH_FLOPS / max(flops_per_task, 1.0)))
+    for first in range(0, tasks, step):
+        run(first, min(tasks, first + step), *slots)
 
 
 def prepare() -> None:
-    """Compiles both launchers."""
+    """Compiles the launchers."""
     _serial_entry()
-    _parallel_entry()
+    _work_entry()
+    _launch_entry()
