@@ -35,7 +35,6 @@ OPTIONS: dict[str, Any] = {
 _LOCK = RLock()  # compilation is rare; numba's cache location is process-wide while one is under way
 
 
-
 def _forget_lock() -> None:
     """In a forked child, where the thread that held the lock may not exist."""
     global _LOCK

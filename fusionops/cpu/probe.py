@@ -19,7 +19,7 @@ from fusionops.kernel import Operands
 from fusionops.spec import FusionSpec, Merge, SourceSpec
 
 DEPTH = 256  # of the reduction: 64 KiB of filters at most, read from L2 as in a convolution
-REPEATS = 40
+REPEATS = 800  # of it in a task: launches of some 10 ms, which a scheduler's slice does not double
 
 
 @functools.cache

@@ -271,7 +271,9 @@ def run_concat(spec: FusionSpec, config: StreamConfig, operands: Operands, out: 
             np.copyto(out[where], source, casting="same_kind")
         else:
             alone = FusionSpec(Merge.ADD, (stated,), dtype=spec.dtype, layout=spec.layout)
-            run_add(alone, config, Operands((source,), (operands.weights[j],)), out[where])
+            run_add(
+                alone, config, Operands((source,), (operands.weights[j] if operands.weights else None,)), out[where]
+            )
 
 
 def row_step(shape: tuple[int, ...], strides: Strides, axis: int, item: int) -> int | None:

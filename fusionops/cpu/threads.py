@@ -176,7 +176,9 @@ class Pool:
         """Makes sure that there are `count` workers; slot 0 is the caller's."""
         while len(self.workers) < count:
             slot = len(self.workers) + 1
-            worker = threading.Thread(target=_work_entry(), args=(self.address, slot), name=f"fusionops-{slot}", daemon=True)
+            worker = threading.Thread(
+                target=_work_entry(), args=(self.address, slot), name=f"fusionops-{slot}", daemon=True
+            )
             worker.start()
             self.workers.append(worker)
 

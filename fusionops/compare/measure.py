@@ -1,0 +1,228 @@
+"""Time and peak memory of the arms of a comparison: proves the arms equal, runs them turn by turn.
+
+An arm is one merge computed one way. Prints nothing. Run as a program, this file is the child process in which the
+memory of one arm is measured.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import platform
+import subprocess
+import sys
+import time
+import tracemalloc
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+
+import fusionops as fo
+from fusionops import cpu
+from fusionops.compare.instance import Array, Instance, build, explain, normal_numbers
+from fusionops.compare.workloads import Workload
+from fusionops.cost import Cost
+from fusionops.cpu.memory import WORKSPACE
+from fusionops.errors import BackendError
+from fusionops.spec import Merge
+
+FUSED, MATERIALISED = "fused", "materialised"
+TURN_S = 0.03  # of one arm in one round: some calls of a small workload, one of a large one
+# Of each of the two arrays of a copy: beyond the last-level cache of a server, within the memory of a laptop.
+BANDWIDTH_BYTES = 128 << 20
+STATUS = Path("/proc/self/status")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One merge, one way; `run` writes `out`."""
+
+    merge: Merge
+    way: str
+    run: Callable[[], None]
+    out: Array
+    kernel: str
+    cost: Cost
+
+
+def arms(instance: Instance) -> list[Arm]:
+    """Every merge of the workload, fused and, where it stores anything more, materialised."""
+    listed = []
+    for merge in instance.workload.merges:
+        explained = explain(instance.workload, merge, instance.backend)
+        out, kernel = instance.outs[merge], explained.kernel
+        listed.append(Arm(merge, FUSED, partial(instance.fused, merge), out, kernel, explained.cost))
+        if instance.workload.ways_differ:
+            run = partial(instance.materialised, merge)
+            listed.append(Arm(merge, MATERIALISED, run, out, kernel, explained.cost.materialised))
+    return listed
+
+
+def differences(compared: Sequence[Arm]) -> list[str]:
+    """Runs every arm and says, for each materialised one, how its result differs from the fused one; bit for bit."""
+    found = []
+    results: dict[Merge, Array] = {}
+    for arm in compared:
+        arm.out.fill(np.nan)
+        arm.run()
+        expected = results.setdefault(arm.merge, arm.out.copy())
+        unequal = np.count_nonzero(_bits(expected) != _bits(arm.out))
+        if unequal:
+            largest = np.abs(expected - arm.out).max()
+            found.append(f"{arm.merge}: {unequal} of {arm.out.size} results differ, by up to {largest:.3g}")
+        if np.isnan(arm.out).any():
+            found.append(f"{arm.merge} {arm.way}: some results were never written")
+    return found
+
+
+def _bits(array: Array) -> Array:
+    return np.ascontiguousarray(array).view(f"u{array.itemsize}")
+
+
+def rounds_s(
+    compared: Sequence[Arm], rounds: int, advance: Callable[[], None] = lambda: None
+) -> list[tuple[float, ...]]:
+    """Seconds of a call of each arm in each round: the median of as many calls as fit in a turn.
+
+    The arms take turns within a round and each round begins with another one. The first call of a turn is not counted:
+    it finds in the cache what the arm before it left there.
+    """
+    measured: list[list[float]] = [[0.0] * rounds for _ in compared]
+    for turn in range(rounds):
+        for place in range(len(compared)):
+            index = (turn + place) % len(compared)
+            measured[index][turn] = _turn(compared[index].run)
+            advance()
+    return [tuple(times) for times in measured]
+
+
+def _turn(run: Callable[[], None]) -> float:
+    run()
+    times: list[float] = []
+    end = time.perf_counter() + TURN_S
+    while not times or time.perf_counter() < end:
+        begin = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - begin)
+    return median(times)
+
+
+class Peak(NamedTuple):
+    """The most memory a call holds beside what it is given and what it returns, bytes.
+
+    traced     as Python's allocators saw it
+    resident   as the memory of the process grew; None where the system does not tell
+    """
+
+    traced: int
+    resident: int | None
+
+
+def traced_peak(run: Callable[[], None]) -> int:
+    """`Peak.traced` of a call that has run before; scratch kept from earlier calls is given up first, so it counts."""
+    WORKSPACE.clear()
+    tracemalloc.start()
+    try:
+        run()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def resident_peak(run: Callable[[], None]) -> int | None:
+    """`Peak.resident` of a call that has run before."""
+    if not STATUS.exists():
+        return None
+    WORKSPACE.clear()
+    before = _resident_bytes("VmRSS")
+    with suppress(OSError):  # where it is forbidden, the peak of the first run stands, which was the same call
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    run()
+    return max(0, _resident_bytes("VmHWM") - before)
+
+
+def _resident_bytes(name: str) -> int:
+    for line in STATUS.read_text().splitlines():
+        if line.startswith(name):
+            return int(line.split()[1]) * 1024
+    raise BackendError(f"{STATUS} has no {name}")
+
+
+def memory_peak(workload: Workload, merge: Merge, way: str, *, backend: str | None, threads: int | None) -> Peak:
+    """The memory of one arm in a process of its own, where nothing else has been allocated before."""
+    root = str(Path(fo.__file__).parent.parent)
+    # Arrays come from the system and return to it at once, so that resident memory shows them; else the C library keeps
+    # those of the first call for the second.
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH")))),
+        "MALLOC_MMAP_THRESHOLD_": "131072",
+    }
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", __name__],
+            input=pickle.dumps((workload, merge, way, backend, threads)),
+            capture_output=True,
+            env=environment,
+            check=True,
+        )
+    except subprocess.CalledProcessError as failure:
+        last = failure.stderr.decode(errors="replace").strip().splitlines()[-1:]
+        raise BackendError(
+            f"the process that measures the memory of {merge} {way} failed: {''.join(last)}"
+        ) from failure
+    return Peak(*pickle.loads(done.stdout))
+
+
+def _child(stdin: BinaryIO, stdout: BinaryIO) -> None:
+    workload, merge, way, backend, threads = pickle.load(stdin)
+    if threads is not None:
+        fo.set_num_threads(threads)
+    instance = build(workload, normal_numbers(), backend)
+    run = partial(instance.fused if way == FUSED else instance.materialised, merge)
+    run()
+    resident = resident_peak(run)
+    pickle.dump((traced_peak(run), resident), stdout)
+
+
+def default_threads() -> int:
+    """Threads that calls use unless told otherwise."""
+    return cpu.get_num_threads()
+
+
+class Limits(NamedTuple):
+    """The most the machine did: FLOP/s of multiply-adds on registers, bytes/s read and written by a copy."""
+
+    peak_flops: float
+    bandwidth: float
+
+
+def limits(dtype: str, threads: int) -> Limits:
+    """Measured now. Other programs can only lower it, so the larger of several measurements is the truer one."""
+    return Limits(cpu.fma_peak(threads, dtype), cpu.copy_bandwidth(threads, BANDWIDTH_BYTES))
+
+
+def machine(threads: int, *measured: Limits) -> dict[str, Any]:
+    """What the figures were measured on, with the largest of the limits measured beside them."""
+    facts = fo.info()
+    return {
+        "processor": facts.facts["processor"],
+        "cores": facts.facts["cores"],
+        "threads": threads,
+        "vector_bytes": cpu.device().vector_bytes,
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "numba": facts.facts["numba"],
+        "fusionops": facts.version,
+        "peak_flops": max(limit.peak_flops for limit in measured),
+        "bandwidth": max(limit.bandwidth for limit in measured),
+    }
+
+
+if __name__ == "__main__":
+    _child(sys.stdin.buffer, sys.stdout.buffer)

@@ -1,0 +1,241 @@
+"""From a bound call to a kernel that runs it: the only module that knows that backends exist, and that chooses.
+
+Judges nothing that a user passed; computes nothing. Backends are imported when the first call needs them.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from typing import Any
+
+import numpy as np
+
+from fusionops.binding import Call, Judgement, bind_backend
+from fusionops.cost import FusedCost, analyse
+from fusionops.errors import BackendError, UnsupportedError
+from fusionops.kernel import Array, Config, Kernel, Operands
+from fusionops.spec import FusionSpec
+
+_LAST_RESORT = 'hint: backend="reference" runs every valid problem, slowly'
+
+# Choices that are remembered, one for each different problem.
+CACHED_CHOICES = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """A table of kernels, fastest first, and the device their plans are made for.
+
+    unusable   every reason why the machine cannot run them; empty means it can
+    """
+
+    name: str
+    kernels: tuple[Kernel, ...]
+    device: Any
+    unusable: tuple[str, ...]
+    threads: Callable[[], int]
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceConfig:
+    """The reference has nothing to plan, and its memory is not counted."""
+
+    scratch_bytes: int = 0
+    shared_bytes: int = 0
+
+    def illegal_on(self, device: Any) -> tuple[str, ...]:
+        return ()
+
+
+def _cpu() -> Backend:
+    from fusionops import cpu
+
+    return Backend("cpu", cpu.KERNELS, cpu.device(), cpu.reasons_unusable(), cpu.get_num_threads)
+
+
+def _gpu() -> Backend:
+    return Backend("gpu", (), None, ("it is not part of this version",), lambda: 1)
+
+
+def _reference() -> Backend:
+    from fusionops import reference
+
+    def run(spec: FusionSpec, config: ReferenceConfig, operands: Operands, out: Array) -> None:
+        reference.run(spec, operands, out)
+
+    kernel = Kernel("reference", lambda spec: (), lambda spec, device: ReferenceConfig(), run)
+    return Backend("reference", (kernel,), None, (), lambda: 1)
+
+
+_LOADERS = {"cpu": _cpu, "gpu": _gpu, "reference": _reference}
+BACKENDS = tuple(_LOADERS)
+
+
+@cache
+def backend(name: str) -> Backend:
+    """The backend of that name, imported when it is first asked for."""
+    return _LOADERS[name]()
+
+
+def select(spec: FusionSpec, name: str) -> Kernel:
+    """The kernel of backend `name` that runs `spec`: the first in its table that can.
+
+    Raises BackendError if the machine cannot run the backend, UnsupportedError with every reason if no kernel can.
+    """
+    chosen = backend(name)
+    if chosen.unusable:
+        reasons = "\n".join(f"  {name}: {reason}" for reason in chosen.unusable)
+        raise BackendError(f"the {name} backend cannot be used\n{reasons}\n{_LAST_RESORT}")
+    for kernel in chosen.kernels:
+        if not kernel.unsupported(spec):
+            return kernel
+    raise UnsupportedError(_refusal(spec, chosen))
+
+
+@lru_cache(maxsize=CACHED_CHOICES)
+def choose(spec: FusionSpec, name: str) -> tuple[Kernel, Config]:
+    """The kernel that runs `spec` on backend `name`, and how; remembered, since it depends on nothing else."""
+    kernel = select(spec, name)
+    return kernel, kernel.plan(spec, backend(name).device)
+
+
+def run(call: Call, requested: str | None) -> Any:
+    """The result of a bound call: in `out` where there is one, else in a new array; with return_sum the sum too."""
+    judgement, operands, target = call.judgement, call.operands, call.target
+    spec = judgement.spec
+    kernel, config = _planned(judgement, "cpu" if requested is None else _named(call.op, requested))
+    if target is None:
+        target = np.empty(spec.out_shape, judgement.dtype)
+    if spec.return_sum:
+        operands.merged = np.empty(spec.merged_shape, judgement.dtype)
+    if config is not None:
+        kernel.run(spec, config, operands, target)
+    if call.out is None:
+        result = target if target.shape == judgement.shape else target.reshape(judgement.shape)
+    else:
+        result = call.out
+        if call.target is None:
+            result[...] = target.reshape(judgement.shape)
+    return (result, operands.merged) if spec.return_sum else result
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """What a call would do; `str` of it is a report to read.
+
+    spec      the problem
+    backend, kernel, config   where it would run, by what, and how; an empty result needs no config
+    others    every other kernel of the backend, and why it is not the one
+    copies    what binding copied or converted before, and why
+    cost      of the fused way and, in it, of the materialised one
+    """
+
+    spec: FusionSpec
+    backend: str
+    kernel: str
+    config: Config | None
+    others: tuple[tuple[str, tuple[str, ...]], ...]
+    copies: tuple[str, ...]
+    cost: FusedCost
+
+    def __str__(self) -> str:
+        cost, stored = self.cost, self.cost.materialised
+        lines = [
+            str(self.spec),
+            f"runs on  {self.backend}: {self.kernel}",
+            f"config   {'none, the result is empty' if self.config is None else self.config}",
+            *_listed("copies", self.copies or ("none",)),
+            f"cost     {cost.params} parameters, {cost.flops / 1e9:.6g} GFLOP",
+            f"moves    {cost.bytes_moved / 2**20:.6g} MiB, materialised {stored.bytes_moved / 2**20:.6g} MiB",
+            f"peak     {cost.peak_bytes / 2**20:.6g} MiB extra, materialised {stored.peak_bytes / 2**20:.6g} MiB",
+            *_listed("others", tuple(f"{name}: {'; '.join(reasons)}" for name, reasons in self.others) or ("none",)),
+        ]
+        return "\n".join(lines)
+
+
+def explain(call: Call, requested: str | None) -> Explanation:
+    """What `run` would do with a bound call. Runs nothing; raises what `run` would raise."""
+    spec = call.judgement.spec
+    name = "cpu" if requested is None else _named(call.op, requested)
+    kernel, config = _planned(call.judgement, name)
+    others = tuple(
+        (other.name, other.unsupported(spec) or ("could run it, but stands later in the table",))
+        for other in backend(name).kernels
+        if other is not kernel
+    )
+    return Explanation(spec, name, kernel.name, config, others, call.copies, cost(call, name))
+
+
+def cost(call: Call, requested: str | None) -> FusedCost:
+    """What a bound call costs, with the scratch memory of the kernel that would run it. Runs nothing."""
+    name = "cpu" if requested is None else _named(call.op, requested)
+    _, config = _planned(call.judgement, name)
+    if config is None:
+        return analyse(call.judgement.spec)
+    scratch_bytes = config.scratch_bytes * backend(name).threads() + config.shared_bytes
+    return analyse(call.judgement.spec, scratch_bytes=scratch_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class Info:
+    """What this installation can do; `str` of it is a report to read.
+
+    version    of fusionops
+    backends   each backend, and every reason why it cannot be used here; none means it can
+    facts      what is worth knowing of the machine and its libraries
+    """
+
+    version: str
+    backends: tuple[tuple[str, tuple[str, ...]], ...]
+    facts: dict[str, object]
+
+    def __str__(self) -> str:
+        width = max(map(len, ("fusionops", *self.facts)))
+        lines = [f"{'fusionops':<{width}}  {self.version}"]
+        for name, unusable in self.backends:
+            lines.append(f"{name:<{width}}  {'unusable: ' + '; '.join(unusable) if unusable else 'usable'}")
+        return "\n".join([*lines, *(f"{name:<{width}}  {value}" for name, value in self.facts.items())])
+
+
+def info(version: str) -> Info:
+    """What this installation can do; imports every backend."""
+    from fusionops import cpu
+
+    libraries = {"python": sys.version.split()[0], "numpy": np.__version__}
+    return Info(version, tuple((name, backend(name).unusable) for name in BACKENDS), libraries | cpu.facts())
+
+
+def set_num_threads(count: int) -> None:
+    from fusionops import cpu
+
+    cpu.set_num_threads(count)
+
+
+def warmup(progress: Callable[[int, int, str], None] | None) -> None:
+    from fusionops import cpu
+
+    cpu.warmup(progress)
+
+
+def _named(op: str, name: Any) -> str:
+    return bind_backend(op, name, BACKENDS) or "cpu"
+
+
+def _planned(judgement: Judgement, name: str) -> tuple[Kernel, Config | None]:
+    """As `choose`, but an empty result is not planned: a plan may take for granted that there is something to run."""
+    if 0 in judgement.shape:
+        return select(judgement.spec, name), None
+    return choose(judgement.spec, name)
+
+
+def _refusal(spec: FusionSpec, refusing: Backend) -> str:
+    lines = [f"no {refusing.name} kernel can run {spec}"]
+    lines += [f"  {kernel.name}: {'; '.join(kernel.unsupported(spec))}" for kernel in refusing.kernels]
+    return "\n".join([*lines, _LAST_RESORT])
+
+
+def _listed(title: str, entries: tuple[str, ...]) -> list[str]:
+    return [f"{title if i == 0 else '':<8} {entry}" for i, entry in enumerate(entries)]

@@ -1,0 +1,292 @@
+"""Every kernel on every problem it supports, driven as dispatch drives it: plan, then run.
+
+Correctness of the kernels alone; what users pass and which kernel is chosen is proved elsewhere.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import replace
+from itertools import cycle
+from operator import attrgetter
+
+import numpy as np
+import pytest
+
+from fusionops import cpu, reference
+from fusionops.cpu import threads
+from fusionops.device import CPU_PROFILES
+from fusionops.kernel import Filters, Kernel, Operands
+from fusionops.problems import PROBLEMS, Problem, conv
+from fusionops.spec import FusionSpec, Merge, SourceSpec
+from fusionops.testing import (
+    LAYOUTS,
+    activation_bound,
+    error_bound,
+    exact_operands,
+    guarded_copy,
+    guarded_empty,
+    map_operands,
+    random_operands,
+)
+
+KERNELS = {kernel.name: kernel for kernel in cpu.KERNELS}
+CASES = [
+    pytest.param(kernel, problem, id=f"{kernel.name}-{problem}")
+    for kernel in cpu.KERNELS
+    for problem in PROBLEMS
+    if not kernel.unsupported(problem.spec)
+]
+CONTRACTIONS = [case for case in CASES if case.values[1].spec.contraction is not None]
+
+every_case = pytest.mark.parametrize(("kernel", "problem"), CASES)
+every_contraction = pytest.mark.parametrize(("kernel", "problem"), CONTRACTIONS)
+
+
+def rng_of(problem: Problem) -> np.random.Generator:
+    return np.random.default_rng(zlib.crc32(problem.name.encode()))
+
+
+def execute(kernel: Kernel, spec: FusionSpec, operands: Operands, layout: str = "contiguous") -> list[np.ndarray]:
+    """What the kernel writes, into poisoned memory that must stay poisoned around it."""
+    outputs = [guarded_empty(spec.out_shape, spec.dtype, layout)]
+    if spec.return_sum:
+        outputs.append(guarded_empty(spec.merged_shape, spec.dtype, layout))
+        operands = replace(operands, merged=outputs[1].array)
+    kernel.run(spec, kernel.plan(spec, cpu.device()), operands, outputs[0].array)
+    for output in outputs:
+        output.assert_intact()
+    return [output.array for output in outputs]
+
+
+def expected_of(spec: FusionSpec, operands: Operands) -> list[np.ndarray]:
+    out = np.empty(spec.out_shape, spec.dtype)
+    reference.run(spec, operands, out)
+    return [out, operands.merged] if spec.return_sum else [out]
+
+
+def assert_same_bits(actual: list[np.ndarray], expected: list[np.ndarray]) -> None:
+    for one, other in zip(actual, expected, strict=True):
+        assert one.dtype == other.dtype
+        assert one.tobytes() == other.tobytes(), f"{np.count_nonzero(one != other)} of {one.size} elements differ"
+
+
+def assert_within(actual: np.ndarray, expected: np.ndarray, bound: np.ndarray) -> None:
+    same = (actual == expected) | ((actual != actual) & (expected != expected))
+    error = np.abs(np.where(same, 0, actual.astype(np.float64)) - np.where(same, 0, expected.astype(np.float64)))
+    worst = np.unravel_index(np.argmax(error - bound), error.shape)
+    assert (error <= bound).all(), (
+        f"{np.count_nonzero(~(error <= bound))} of {error.size} elements leave the bound; at {tuple(map(int, worst))}: "
+        f"got {actual[worst]}, expected {expected[worst]}, error {error[worst]:.3g}, bound {bound[worst]:.3g}"
+    )
+
+
+def is_meaningful(expected: np.ndarray) -> bool:
+    return 4 * np.count_nonzero(expected) >= expected.size
+
+
+def exact_case(problem: Problem) -> tuple[Operands, list[np.ndarray]]:
+    """Exact operands and what they give; fails where it is mostly zeros, which would prove nothing."""
+    rng = rng_of(problem)
+    for _ in range(8):  # a single number may well be 0
+        operands = exact_operands(problem.spec, rng)
+        expected = expected_of(problem.spec, operands)
+        if is_meaningful(expected[0]):
+            return operands, expected
+    raise AssertionError(f"the results of {problem} are mostly zeros and prove nothing")
+
+
+def with_batch(spec: FusionSpec, batch: int) -> FusionSpec:
+    """The same problem over `batch` images, or rows of a dense layer."""
+
+    def resized(source: SourceSpec) -> SourceSpec:
+        return replace(source, shape=(batch, *source.shape[1:]))
+
+    residual = None if spec.residual is None else resized(spec.residual)
+    return replace(spec, sources=tuple(map(resized, spec.sources)), residual=residual)
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+def test_support_is_not_lost(problem):
+    for name in problem.kernels:
+        assert KERNELS[name].unsupported(problem.spec) == ()
+
+
+@pytest.mark.parametrize("kernel", cpu.KERNELS, ids=attrgetter("name"))
+def test_every_kernel_is_pinned_to_problems(kernel):
+    pinned = [problem for problem in PROBLEMS if kernel.name in problem.kernels]
+    assert len(pinned) >= 3
+
+
+@pytest.mark.parametrize("kernel", cpu.KERNELS, ids=attrgetter("name"))
+def test_refusals_are_sentences_and_every_kernel_refuses_something(kernel):
+    refusals = [reasons for problem in PROBLEMS if (reasons := kernel.unsupported(problem.spec))]
+    assert refusals
+    assert all(isinstance(reason, str) and reason for reasons in refusals for reason in reasons)
+
+
+@pytest.mark.parametrize("device", CPU_PROFILES, ids=attrgetter("name"))
+@every_case
+def test_plan_is_legal(kernel, problem, device):
+    config = kernel.plan(problem.spec, device)
+    assert config.illegal_on(device) == ()
+    assert config == kernel.plan(problem.spec, device)
+    assert hash(config) == hash(kernel.plan(problem.spec, device))
+    assert 0 <= config.scratch_bytes <= 4 * 2**20
+
+
+@every_case
+def test_exact_on_integers(kernel, problem):
+    spec = problem.spec
+    operands, expected = exact_case(problem)
+    actual = execute(kernel, spec, map_operands(operands, guarded_copy))
+    assert_within(actual[0], expected[0], activation_bound(spec, operands))
+    assert_same_bits(actual[1:], expected[1:])
+
+
+@pytest.mark.parametrize("kind", ["normal", "positive", "badly_scaled"])
+@every_case
+def test_rounds_within_the_bound(kernel, problem, kind):
+    spec = problem.spec
+    operands = map_operands(random_operands(spec, rng_of(problem), kind), guarded_copy)
+    expected = expected_of(spec, operands)
+    actual = execute(kernel, spec, operands)
+    assert_within(actual[0], expected[0], error_bound(spec, operands))
+    assert_same_bits(actual[1:], expected[1:])
+
+
+@every_case
+def test_two_runs_are_the_same_bits_and_leave_nothing_behind(kernel, problem):
+    spec = problem.spec
+    operands = random_operands(spec, rng_of(problem))
+    first = execute(kernel, spec, operands)
+    assert_same_bits(execute(kernel, spec, operands), first)
+    if spec.contraction is not None:  # another batch full of NaN, so that whatever stays behind is seen
+        larger = with_batch(spec, 1 + spec.merged_shape[0])
+        poisoned = map_operands(random_operands(larger, rng_of(problem)), lambda array: np.full_like(array, np.nan))
+        execute(kernel, larger, poisoned)
+        assert_same_bits(execute(kernel, spec, operands), first)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@every_case
+def test_strides_do_not_change_bits(kernel, problem, layout):
+    spec = problem.spec
+    operands = random_operands(spec, rng_of(problem))
+    plain = execute(kernel, spec, operands)
+    layouts = cycle([layout, "contiguous", layout])  # of the sources: the same for all, and mixed
+    everywhere = map_operands(operands, lambda array: guarded_copy(array, layout if array.ndim > 1 else "contiguous"))
+    mixed = replace(operands, sources=tuple(guarded_copy(source, next(layouts)) for source in operands.sources))
+    assert_same_bits(execute(kernel, spec, everywhere, layout), plain)
+    assert_same_bits(execute(kernel, spec, mixed), plain)
+    assert_same_bits(execute(kernel, spec, operands, layout), plain)
+
+
+@every_case
+def test_a_stride_of_zero_does_not_change_bits(kernel, problem):
+    spec = problem.spec
+    operands = random_operands(spec, rng_of(problem))
+    for axis in range(len(spec.out_shape)):
+        constant = [
+            np.broadcast_to(x.take([0], axis), x.shape) if x.ndim > axis and x.shape[axis] else x
+            for x in operands.sources
+        ]
+        copied = replace(operands, sources=tuple(x.copy() for x in constant))
+        assert_same_bits(
+            execute(kernel, spec, replace(operands, sources=tuple(constant))), execute(kernel, spec, copied)
+        )
+
+
+@every_case
+def test_the_number_of_threads_does_not_change_bits(kernel, problem, monkeypatch):
+    """Nor does the number of launches. Little work would be left to one thread, but not here."""
+    spec = problem.spec
+    operands = random_operands(spec, rng_of(problem))
+    before = cpu.get_num_threads()
+    serial = execute(kernel, spec, operands)
+    monkeypatch.setattr(threads, "SERIAL_FLOPS", 0.0)
+    try:
+        for count, launch_flops in ((1, 1.0), (2, threads.LAUNCH_FLOPS), (2, 1.0), (3, 1e5), (8, threads.LAUNCH_FLOPS)):
+            cpu.set_num_threads(count)
+            monkeypatch.setattr(threads, "LAUNCH_FLOPS", launch_flops)
+            assert_same_bits(execute(kernel, spec, operands), serial)
+    finally:
+        cpu.set_num_threads(before)
+
+
+@every_contraction
+def test_splitting_the_batch_does_not_change_bits(kernel, problem):
+    spec = with_batch(problem.spec, 3)
+    operands = random_operands(spec, rng_of(problem))
+    whole = execute(kernel, spec, operands)
+    for part in (slice(0, 1), slice(1, 3)):
+        split = replace(
+            operands,
+            sources=tuple(source[part] for source in operands.sources),
+            residual=None if operands.residual is None else operands.residual[part],
+        )
+        alone = execute(kernel, with_batch(spec, part.stop - part.start), split)
+        assert_same_bits(alone, [output[part] for output in whole])
+
+
+@every_contraction
+def test_fused_equals_unfused_bit_for_bit(kernel, problem):
+    spec = problem.spec
+    operands = random_operands(spec, rng_of(problem))
+    join = replace(spec, contraction=None, bias=False, residual=None, activation=None, return_sum=False)
+    join = replace(join, axis=spec.channel_axis)
+    merged = np.empty(spec.merged_shape, spec.dtype)
+    reference.run(join, operands, merged)  # NumPy's own sum or concatenation
+    one = replace(spec, sources=(SourceSpec(merged.shape, spec.dtype),), return_sum=False)
+    unfused = replace(operands, sources=(merged,), weights=(None,), scales=(None,), shifts=(None,), merged=None)
+    assert_same_bits(execute(kernel, one, unfused), execute(kernel, spec, operands)[:1])
+
+
+@every_contraction
+def test_packed_filters_give_the_same_bits(kernel, problem):
+    spec = problem.spec
+    operands = random_operands(spec, rng_of(problem))
+    plain = execute(kernel, spec, operands)
+    packed = replace(operands, filters=Filters(operands.filters, spec.layout))
+    assert_same_bits(execute(kernel, spec, packed), plain)
+    assert_same_bits(execute(kernel, spec, packed), plain)  # the second call finds them packed
+
+
+def test_the_instruments_would_notice():
+    """A kernel that loses a tap, writes beside its output, or leaves some of it, is caught by the checks above."""
+    problem = next(problem for problem in PROBLEMS if problem.name == "concat_conv_odd_channels")
+    spec = problem.spec
+    operands, (expected,) = exact_case(problem)
+    honest = Kernel("honest", lambda spec: (), lambda spec, device: None, lambda s, c, o, out: reference.run(s, o, out))
+    assert_same_bits(execute(honest, spec, operands), [expected])
+
+    def loses_a_tap(spec, config, operands, out):
+        filters = operands.filters.copy()
+        filters[-1, -1] = 0
+        reference.run(spec, replace(operands, filters=filters), out)
+
+    lossy = execute(replace(honest, run=loses_a_tap), spec, operands)[0]
+    with pytest.raises(AssertionError, match="leave the bound"):
+        assert_within(lossy, expected, np.zeros(expected.shape))
+
+    def leaves_a_pixel(spec, config, operands, out):
+        last = out[-1, -1, -1].copy()
+        reference.run(spec, operands, out)
+        out[-1, -1, -1] = last
+
+    incomplete = execute(replace(honest, run=leaves_a_pixel), spec, operands)[0]
+    with pytest.raises(AssertionError, match="leave the bound"):
+        assert_within(incomplete, expected, np.full(expected.shape, np.inf))
+
+    def writes_beside(spec, config, operands, out):
+        reference.run(spec, operands, out)
+        np.lib.stride_tricks.as_strided(out, (out.size + 1,), out.strides[-1:])[-1] = 0
+
+    with pytest.raises(AssertionError, match="outside an array"):
+        execute(replace(honest, run=writes_beside), spec, operands)
+
+
+def test_results_that_are_mostly_zeros_are_refused():
+    problem = conv("mostly_padding", Merge.ADD, (3,), 3, H=3, W=3, padding=((20, 20), (20, 20)), bias=False)
+    with pytest.raises(AssertionError, match="mostly zeros"):
+        exact_case(problem)
