@@ -22,10 +22,11 @@ TIMEOUT_S = 180  # a cold start compiles everything that the ops below use
 # Every op on integers, so that there is one right answer; large enough to be worth a second thread, small enough to be
 # called often.
 OPS = """
-import sys, threading
+import sys, threading, warnings
 import numpy as np
 import fusionops as fo
 
+warnings.filterwarnings("ignore", ".*multi-threaded, use of fork", DeprecationWarning)  # is what is tested here
 rng = np.random.default_rng(1)
 
 def integers(*shape):
@@ -67,6 +68,23 @@ def in_threads(count, times):
     assert not failures, failures
 """
 
+# A user's own parallel code, which starts numba's threads; fusionops has threads of its own beside them.
+NEIGHBOUR = """
+import numba
+import numpy as np
+
+@numba.njit(parallel=True)
+def count(values):
+    for i in numba.prange(values.size):
+        values[i] += 1
+
+def work():
+    values = np.zeros(10_000)
+    count(values)
+    assert (values == 1).all()
+    return numba.threading_layer()
+"""
+
 LAYERS = [
     pytest.param("workqueue"),
     pytest.param("omp", marks=pytest.mark.omp),
@@ -76,11 +94,12 @@ every_layer = pytest.mark.parametrize("layer", LAYERS)
 
 
 class Process:
-    """Starts scripts that find the ops above as module `ops`."""
+    """Starts scripts that find the texts above as modules `ops` and `neighbour`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         (folder / "ops.py").write_text(OPS)
+        (folder / "neighbour.py").write_text(NEIGHBOUR)
         package = str(Path(fusionops.__file__).parent.parent)
         self.environment = {name: value for name, value in os.environ.items() if not name.startswith("NUMBA_")}
         self.environment["PYTHONPATH"] = os.pathsep.join([str(folder), package])
@@ -121,16 +140,16 @@ def process(tmp_path) -> Process:
 
 @every_layer
 def test_eight_python_threads(process, layer):
-    """From the very first call on, so that they also compile at once."""
+    """From the very first call on, so that they also compile at once, beside a user's own parallel code."""
     out = process.run(
         """
         import sys
-        import ops
+        import neighbour, ops
+        print(neighbour.work())
         sys.setswitchinterval(1e-5)
         ops.fo.set_num_threads(2)
         ops.in_threads(8, times=100)
-        import numba
-        print(numba.threading_layer())
+        neighbour.work()
         """,
         NUMBA_THREADING_LAYER=layer,
         NUMBA_NUM_THREADS="2",
@@ -140,21 +159,25 @@ def test_eight_python_threads(process, layer):
 
 @every_layer
 def test_fork_after_use(process, layer):
+    """Numba's OpenMP would kill the child at its next parallel loop; ops must run there all the same."""
     process.run(
         """
         import os
-        import ops
+        import neighbour, ops
+        neighbour.work()
         ops.fo.set_num_threads(2)
         ops.check()
         child = os.fork()
         if child == 0:
             ops.check(3)
+            ops.in_threads(2, times=2)
             grandchild = os.fork()
             if grandchild == 0:
                 ops.check()
                 os._exit(0)
             os._exit(os.waitstatus_to_exitcode(os.waitpid(grandchild, 0)[1]))
         ops.check(3)
+        neighbour.work()
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         """,
         NUMBA_THREADING_LAYER=layer,
@@ -162,9 +185,8 @@ def test_fork_after_use(process, layer):
     )
 
 
-@every_layer
-def test_fork_while_another_thread_computes(process, layer):
-    """The child inherits whatever lock the other thread held."""
+def test_fork_while_another_thread_computes(process):
+    """The child inherits the locks as the other thread held them, and none of the threads."""
     process.run(
         """
         import os, signal, threading
@@ -174,23 +196,35 @@ def test_fork_while_another_thread_computes(process, layer):
         done = threading.Event()
         def work():
             while not done.is_set():
-                ops.check(names=("add_conv", "add"))
+                ops.check(names=("concat_conv", "add"))
         thread = threading.Thread(target=work)
         thread.start()
         statuses = []
-        for _ in range(10):
+        for _ in range(20):
             child = os.fork()
             if child == 0:
                 signal.alarm(30)
-                ops.check(names=("add_conv", "add"))
+                ops.check(names=("concat_conv", "add"))
                 os._exit(0)
             statuses.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
         done.set()
         thread.join()
-        assert statuses == [0] * 10, statuses
-        """,
-        NUMBA_THREADING_LAYER=layer,
-        NUMBA_NUM_THREADS="2",
+        assert statuses == [0] * 20, statuses
+        """
+    )
+
+
+def test_more_threads_than_processors(process):
+    """Tasks that no thread has begun are done by the caller: a worker that does not run holds nobody up."""
+    process.run(
+        """
+        import os
+        import ops
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+        for count in (1, 2, 33, 3, 1, 8):
+            ops.fo.set_num_threads(count)
+            ops.check(3)
+        """
     )
 
 
