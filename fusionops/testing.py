@@ -181,11 +181,11 @@ def error_bound(spec: FusionSpec, operands: Operands) -> Array:
 
 
 def activation_bound(spec: FusionSpec, operands: Operands) -> Array:
-    """The admissible error of the activation alone, where nothing before it rounds: 0, 4 ulp of the result, or 6 for gelu.
+    """The admissible error of the activation alone, where nothing before it rounds: 0, 4 ulp of the result, 6 for gelu.
 
     For results below 1024 times the smallest normal number the ulp of that: there x·sigmoid(x) multiplies a subnormal.
-    In float64 the bound doubles, since the reference rounds as well, and gelu gets 4·x² ulp more: both hand x/√2 to the
-    C library's erfc, which turns a rounding of it into up to 2·x² ulp of the result.
+    In float64 the bound doubles, since the reference rounds as well, and gelu gets 4·x² ulp more: both hand x/√2 to
+    the C library's erfc, which turns a rounding of it into up to 2·x² ulp of the result.
     """
     if spec.activation is None or spec.activation.name in EXACT_ACTIVATIONS:
         return np.zeros(spec.out_shape)

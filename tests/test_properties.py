@@ -175,6 +175,23 @@ def test_padding_is_a_frame_of_zeros(maps):
     np.testing.assert_array_equal(padded, fo.add_conv(framed, filters))
 
 
+@pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
+def test_an_empty_batch_gives_an_empty_result(layout):
+    shape, filters = ((0, 6, 7, 4), (3, 3, 4, 8)) if layout == "NHWC" else ((0, 4, 6, 7), (8, 4, 3, 3))
+    x, w = np.ones(shape, np.float32), np.ones(filters, np.float32)
+    y, m = fo.add_conv([x, x], w, np.ones(8, np.float32), layout=layout, return_sum=True)
+    assert y.shape == ((0, 4, 5, 8) if layout == "NHWC" else (0, 8, 4, 5))
+    assert (m.shape, y.dtype, m.dtype) == (shape, np.float32, np.float32)
+    assert fo.concat_dense([x[..., 0], x[..., 0]], np.ones((2 * shape[2], 5), np.float32)).shape == (0, shape[1], 5)
+
+
+def test_a_dense_layer_over_maps_is_one_over_their_pixels(rng):
+    x, y, matrix = integers(rng, 2, 3, 4, 5), integers(rng, 2, 3, 4, 6), integers(rng, 11, 7)
+    flat = fo.concat_dense([x.reshape(24, 5), y.reshape(24, 6)], matrix)
+    np.testing.assert_array_equal(fo.concat_dense([x, y], matrix), flat.reshape(2, 3, 4, 7))
+    np.testing.assert_array_equal(fo.concat_dense([x[0, 0, 0], y[0, 0, 0]], matrix), flat[0])
+
+
 def test_groups_are_separate_convolutions(rng):
     x, y = integers(rng, 1, 6, 7, 4), integers(rng, 1, 6, 7, 2)
     filters = integers(rng, 3, 3, 3, 8)

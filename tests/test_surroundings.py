@@ -170,6 +170,7 @@ def test_fork_after_use(process, layer):
         child = os.fork()
         if child == 0:
             ops.check(3)
+            assert len(os.listdir("/proc/self/task")) > 1, "the child computes alone"
             ops.in_threads(2, times=2)
             grandchild = os.fork()
             if grandchild == 0:

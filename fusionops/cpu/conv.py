@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 
 from fusionops.cpu import params as at
-from fusionops.cpu.epilogue import ask_for_output, finish_tile, scatter_tile
+from fusionops.cpu.epilogue import NOWHERE, ask_for_output, finish_tile, scatter_tile
 from fusionops.cpu.jit import inline, task
 from fusionops.cpu.microkernel import gemm_tile
 from fusionops.cpu.prologue import load_tile
@@ -77,10 +77,8 @@ def group_pixels(params, scratch, mr, n, p0, p1, q0, q1):
                         b += 1
                         if b == col_end:
                             a, b = a + 1, col
-                    else:
-                        pixels[slot] = pixels[
-                            slot - 1
-                        ]  # a register tile is always full: the rest repeats its last pixel
+                    else:  # a register tile is always full: the rest repeats its last pixel
+                        pixels[slot], outs[slot] = pixels[slot - 1], NOWHERE
                 count += 1
             col = col_end
         row = row_end
@@ -161,11 +159,8 @@ def conv_task(bits: int, mr: int, nv: int) -> int:
                             used,
                         )
                 if is_last and p[at.OUT_K] != 1:
-                    for g in range(count):
-                        sums = scratch + p[at.AT_SUMS] + ((block - block0) * count + g) * mr * width * item
-                        scatter_tile(
-                            bits, width, params, sums, outs + g * mr * 8, groups[g * GROUP_WORDS + 4], k0, used
-                        )
+                    sums = scratch + p[at.AT_SUMS] + (block - block0) * count * mr * width * item
+                    scatter_tile(bits, width, params, sums, outs, count * mr, k0, used)
 
     return task(conv)
 

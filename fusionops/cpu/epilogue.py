@@ -15,8 +15,12 @@ from numba.extending import intrinsic
 from fusionops.cpu import activation as activations
 from fusionops.cpu import params as at
 from fusionops.cpu.jit import inline
-from fusionops.cpu.prologue import rounded, vector_loop
-from fusionops.cpu.simd import I64, Lanes, doubles, elements, prefetch_read, prefetch_write, word, words
+from fusionops.cpu.prologue import merge_rows, rounded, vector_loop
+from fusionops.cpu.simd import I64, VECTOR_BYTES, Lanes, doubles, elements, prefetch_read, prefetch_write, word, words
+from fusionops.cpu.transpose import BLOCK_WORDS, stack_words, transpose_block
+
+
+NOWHERE = -(1 << 62)  # stands for the place of a pixel that only fills up a register tile
 
 
 @intrinsic(prefer_literal=True)
@@ -140,13 +144,24 @@ def finish_tile(bits, width, params, sums, out_at, residual_at, copy, count, k0,
 
 
 @inline
-def scatter_tile(bits, width, params, sums, out_at, count, k0, channels):
-    """Stores finished pixels to an output whose channels are OUT_K apart, one channel's pixels after the other."""
+def scatter_tile(bits, width, params, sums, out_at, rows, k0, channels):
+    """Stores finished pixels to an output whose channels are OUT_K apart; rows that are NOWHERE are not pixels."""
     p = words(params)
-    offsets = words(out_at)
-    s, out = elements(bits, sums), elements(bits, p[at.OUT])
-    step = p[at.OUT_K]
-    for k in range(channels):
-        to = (k0 + k) * step
-        for i in range(count):
-            out[offsets[i] + to] = s[i * width + k]
+    item = bits // 8
+    lanes = VECTOR_BYTES // item
+    offsets, step, side_by_side = words(out_at), p[at.OUT_K], p[at.OUT_Q] == 1
+    block = stack_words(BLOCK_WORDS)
+    i = 0
+    while i < rows:
+        if offsets[i] == NOWHERE:
+            i += 1
+            continue
+        end = i + 1
+        while side_by_side and end < rows and end - i < lanes and offsets[end] == offsets[end - 1] + 1:
+            end += 1
+        for k in range(0, channels, lanes):
+            used = min(lanes, channels - k)
+            transpose_block(bits, block, sums + (i * width + k) * item, width, end - i, lanes)  # width is whole vectors
+            to = p[at.OUT] + (offsets[i] + (k0 + k) * step) * item
+            merge_rows(bits, to, step, block, lanes, used, end - i, at.WEIGHT_NONE, 1.0, 0, 0)
+        i = end

@@ -15,7 +15,8 @@ from numba.extending import intrinsic
 
 from fusionops.cpu import params as at
 from fusionops.cpu.jit import inline
-from fusionops.cpu.simd import Lanes, doubles, elements, prefetch_read, word, words
+from fusionops.cpu.simd import VECTOR_BYTES, Lanes, doubles, elements, prefetch_read, word, words
+from fusionops.cpu.transpose import BLOCK_WORDS, stack_words, transpose_block
 
 
 def vector_loop(b: ir.IRBuilder, lanes: Lanes, count: ir.Value, body: Any) -> None:
@@ -73,21 +74,85 @@ def merge_rows(typing, bits, to, to_step, source, step, rows, count, weight, fac
 
 
 @inline
-def merge_strided(bits, to, step, source, stride, count, source_c, channels, weight, factor, weights, accumulate):
-    """merge_run for `count` columns whose channels are `source_c` apart: a transposition in blocks of 16 channels."""
+def merge_strided(bits, to, source, step, count, weight, factor, weights, accumulate):
+    """merge_rows for one run of channels that are `step` apart, element by element."""
     d, s, f = elements(bits, to), elements(bits, source), elements(bits, weights)
-    for first in range(0, channels, 16):
-        last = min(channels, first + 16)
-        for i in range(count):
-            for c in range(first, last):
-                value = s[i * stride + c * source_c]
-                if weight == at.WEIGHT_SCALAR:
-                    value = value * factor
-                elif weight == at.WEIGHT_VECTOR:
-                    value = value * f[c]
-                if accumulate:
-                    value = d[i * step + c] + value
-                d[i * step + c] = value
+    for c in range(count):
+        value = s[c * step]
+        if weight == at.WEIGHT_SCALAR:
+            value = value * factor
+        elif weight == at.WEIGHT_VECTOR:
+            value = value * f[c]
+        if accumulate:
+            value = d[c] + value
+        d[c] = value
+
+
+@inline
+def merge_transposed(
+    bits, line, depth, row, source_c, stored_w, w_from, w_to, up_w, count, weight, factor, weights, accumulate
+):
+    """merge_rows for columns that lie side by side in memory: blocks of channels × columns, turned in registers.
+
+    A block at the end of a row of the map begins earlier than it needs to, so that its loads need no mask.
+    """
+    item = bits // 8
+    lanes = VECTOR_BYTES // item
+    block = stack_words(BLOCK_WORDS)
+    span = ((w_to - 1) // up_w + 1 - w_from // up_w) * item
+    for c in range(0, count, lanes):
+        channels = min(lanes, count - c)
+        for channel in range(c + channels, min(count, c + 2 * lanes)):  # short runs that no hardware prefetcher follows
+            prefetch_read(row + (w_from // up_w + channel * source_c) * item, span)
+        w = w_from
+        while w < w_to:
+            stored = w // up_w
+            start = max(0, min(stored, stored_w - lanes))
+            last = min((w_to - 1) // up_w + 1, start + lanes)
+            transpose_block(
+                bits, block, row + (start + c * source_c) * item, source_c, channels, min(lanes, stored_w - start)
+            )
+            to, here = line + c * item, block + (stored - start) * lanes * item
+            if up_w == 1:
+                merge_rows(bits, to + (w - w_from) * depth * item, depth, here, lanes, last - stored, channels,
+                           weight, factor, weights + c * item, accumulate)  # fmt: skip
+                w = last
+            else:
+                for column in range(stored, last):
+                    end = min(w_to, (column + 1) * up_w)
+                    merge_rows(bits, to + (w - w_from) * depth * item, depth, here + (column - stored) * lanes * item, 0,
+                               end - w, channels, weight, factor, weights + c * item, accumulate)  # fmt: skip
+                    w = end
+
+
+@inline
+def merge_line(
+    bits, line, depth, row, step_w, step_c, stored_w, w_from, w_to, up_w, count, weight, factor, weights, accumulate
+):
+    """One row of a tile from one source, which starts at `row`, in whatever order it is stored."""
+    item = bits // 8
+    if step_c != 1 and step_w == 1:
+        merge_transposed(bits, line, depth, row, step_c, stored_w, w_from, w_to, up_w, count,
+                         weight, factor, weights, accumulate)  # fmt: skip
+    elif step_c != 1:
+        number = rounded(bits, factor)
+        for w in range(w_from, w_to):
+            merge_strided(bits, line + (w - w_from) * depth * item, row + w // up_w * step_w * item, step_c, count,
+                          weight, number, weights, accumulate)  # fmt: skip
+    elif up_w == 1 and count == depth and step_w == depth and weight != at.WEIGHT_VECTOR:
+        merge_rows(bits, line, 0, row + w_from * step_w * item, 0, 1, (w_to - w_from) * depth,
+                   weight, factor, weights, accumulate)  # fmt: skip
+    elif up_w == 1:
+        merge_rows(bits, line, depth, row + w_from * step_w * item, step_w, w_to - w_from, count,
+                   weight, factor, weights, accumulate)  # fmt: skip
+    else:  # each stored pixel is repeated, up_w times but at the tile's edges
+        w = w_from
+        while w < w_to:
+            stored = w // up_w
+            end = min(w_to, (stored + 1) * up_w)
+            merge_rows(bits, line + (w - w_from) * depth * item, depth, row + stored * step_w * item, 0, end - w, count,
+                       weight, factor, weights, accumulate)  # fmt: skip
+            w = end
 
 
 @inline
@@ -98,6 +163,8 @@ def load_tile(bits, params, to, n, h0, w0, c0, depth):
     rows, cols, is_add = p[at.ROWS], p[at.COLS], p[at.IS_ADD]
     h_from, h_to = max(h0, 0), min(h0 + rows, p[at.H])
     w_from, w_to = max(w0, 0), min(w0 + cols, p[at.W])
+    if w_from >= w_to:
+        return
     for j in range(p[at.SOURCE_COUNT]):
         here = params + 8 * (at.SOURCES + j * at.SOURCE_WORDS)
         s = words(here)
@@ -111,60 +178,17 @@ def load_tile(bits, params, to, n, h0, w0, c0, depth):
             factor = doubles(here)[at.S_FACTOR]
         elif weight == at.WEIGHT_VECTOR:
             weights = s[at.S_FACTOR] + (c_from - first) * item
-        accumulate = is_add and j > 0
         base = s[at.S_BASE] + (n * s[at.S_N] + (c_from - first) * s[at.S_C]) * item
         up_h, up_w, step_w = s[at.S_UP_H], s[at.S_UP_W], s[at.S_W]
         for h in range(h_from, h_to):
-            row = base + (h // up_h) * s[at.S_H] * item
-            line = to + (((h - h0) * cols + (w_from - w0)) * depth + (c_from - c0)) * item
-            if s[at.S_C] == 1 and h + up_h < h_to:  # the row after this one, whose start no hardware prefetcher guesses
+            if (
+                step_w == count and h + up_h < h_to
+            ):  # the row after this one, whose start no hardware prefetcher guesses
                 ahead = base + ((h + up_h) // up_h * s[at.S_H] + w_from // up_w * step_w) * item
-                if step_w == count:
-                    prefetch_read(ahead, (w_to - w_from) // up_w * count * item)
-            if s[at.S_C] != 1:
-                if up_w == 1:
-                    merge_strided(bits, line, depth, row + w_from * step_w * item, step_w, w_to - w_from, s[at.S_C], count,
-                                  weight, rounded(bits, factor), weights, accumulate)  # fmt: skip
-                else:
-                    for w in range(w_from, w_to):
-                        merge_strided(bits, line + (w - w_from) * depth * item, depth, row + (w // up_w) * step_w * item, 0, 1,
-                                      s[at.S_C], count, weight, rounded(bits, factor), weights, accumulate)  # fmt: skip
-            elif up_w == 1 and count == depth and step_w == depth and weight != at.WEIGHT_VECTOR:
-                merge_rows(
-                    bits,
-                    line,
-                    0,
-                    row + w_from * step_w * item,
-                    0,
-                    1,
-                    (w_to - w_from) * depth,
-                    weight,
-                    factor,
-                    weights,
-                    accumulate,
-                )
-            elif up_w == 1:
-                merge_rows(
-                    bits,
-                    line,
-                    depth,
-                    row + w_from * step_w * item,
-                    step_w,
-                    w_to - w_from,
-                    count,
-                    weight,
-                    factor,
-                    weights,
-                    accumulate,
-                )
-            else:  # each stored pixel is repeated, up_w times but at the tile's edges
-                w = w_from
-                while w < w_to:
-                    stored = w // up_w
-                    end = min(w_to, (stored + 1) * up_w)
-                    merge_rows(bits, line + (w - w_from) * depth * item, depth, row + stored * step_w * item, 0, end - w, count,
-                               weight, factor, weights, accumulate)  # fmt: skip
-                    w = end
+                prefetch_read(ahead, (w_to - w_from) // up_w * count * item)
+            line = to + (((h - h0) * cols + (w_from - w0)) * depth + (c_from - c0)) * item
+            merge_line(bits, line, depth, base + (h // up_h) * s[at.S_H] * item, step_w, s[at.S_C], p[at.W] // up_w,
+                       w_from, w_to, up_w, count, weight, factor, weights, is_add and j > 0)  # fmt: skip
 
 
 @intrinsic(prefer_literal=True)

@@ -13,8 +13,9 @@ from numba.extending import intrinsic
 from fusionops.cpu import params as at
 from fusionops.cpu.epilogue import finish_rows
 from fusionops.cpu.jit import inline, task
-from fusionops.cpu.prologue import merge_rows, rounded
+from fusionops.cpu.prologue import merge_rows
 from fusionops.cpu.simd import I8, I64, VECTOR_BYTES, Lanes, doubles, elements, prefetch_read, word, words
+from fusionops.cpu.transpose import stack_words
 
 # Words of an add: these, then the extents, then for each operand (output first) base, weight kind, weight, steps, factors.
 SOURCES, DEPTH, ROWS, TASK_ROWS, PIECES, PIECE, PLAIN, NONTEMPORAL, ACTIVATION, SLOPE, CHANNEL = range(11)
@@ -114,22 +115,37 @@ def weight_position(params, row):
 
 
 @inline
-def merge_general(bits, params, to, source, step, factor, first, count, kind, weight, weights, accumulate):
-    """merge_rows for one run with any step, each element repeated `factor` times."""
-    d, s, w = elements(bits, to), elements(bits, source), elements(bits, weights)
-    for i in range(count):
-        value = s[(first + i) // factor * step]
-        if kind == at.WEIGHT_SCALAR:
-            value = value * weight
-        elif kind == at.WEIGHT_VECTOR:
-            value = value * w[i]
-        if accumulate:
-            value = d[i] + value
-        d[i] = value
+def spread(bits, to, source, step, factor, first, count):
+    """to[i] = source[(first + i) // factor · step]: a run with any step, each element repeated `factor` times."""
+    d, s = elements(bits, to), elements(bits, source)
+    stored = first // factor
+    i = 0
+    end = (stored + 1) * factor - first  # where the repetitions of `stored` end
+    if factor == 2 and step == 1:  # the usual case, in a form that compilers turn into vectors
+        if end == 1 and count > 0:
+            d[0] = s[stored]
+            stored, i = stored + 1, 1
+        pairs = (count - i) // 2
+        for k in range(pairs):
+            value = s[stored + k]
+            d[i + 2 * k] = value
+            d[i + 2 * k + 1] = value
+        i += 2 * pairs
+        if i < count:
+            d[i] = s[stored + pairs]
+    else:
+        while i < count:
+            value = s[stored * step]
+            stop = min(count, end)
+            while i < stop:
+                d[i] = value
+                i += 1
+            stored += 1
+            end += factor
 
 
 @inline
-def add_general(bits, params, row, first, count, buffer):
+def add_general(bits, params, row, first, count, buffer, spare):
     """One run of an add with weights, an activation or any steps, through a buffer in L1."""
     p = words(params)
     item = bits // 8
@@ -149,12 +165,11 @@ def add_general(bits, params, row, first, count, buffer):
                 kind = at.WEIGHT_SCALAR
                 weight = float(elements(bits, o[2])[weight_position(params, row)])
         source = o[0] + operand_offset(params, j, row) * item
-        if step == 1 and factor == 1:
-            merge_rows(bits, buffer, 0, source + first * item, 0, 1, count, kind, weight, weights, j > 1)
-        else:
-            merge_general(
-                bits, params, buffer, source, step, factor, first, count, kind, rounded(bits, weight), weights, j > 1
-            )
+        here = source + first * item
+        if step != 1 or factor != 1:
+            spread(bits, spare, source, step, factor, first, count)
+            here = spare
+        merge_rows(bits, buffer, 0, here, 0, 1, count, kind, weight, weights, j > 1)
     out = words(params + 8 * (HEAD + depth))
     step = out[3 + depth - 1]
     to = out[0] + (operand_offset(params, 0, row) + first * step) * item
@@ -165,18 +180,6 @@ def add_general(bits, params, row, first, count, buffer):
         d, s = elements(bits, to), elements(bits, buffer)
         for i in range(count):
             d[i * step] = s[i]
-
-
-@intrinsic(prefer_literal=True)
-def stack_words(typing, count):
-    """The address of `count` int64 on the stack of the task."""
-    if not isinstance(count, types.IntegerLiteral):
-        return None
-
-    def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        return b.ptrtoint(cgutils.alloca_once(b, I64, size=word(count.literal_value)), I64)
-
-    return types.intp(count), codegen
 
 
 MOST_IN_TABLE = 64  # sources whose addresses fit the task's table; more go through the buffer
@@ -195,7 +198,7 @@ def add_task(bits: int) -> int:
         piece = index % p[PIECES]
         row0 = index // p[PIECES] * p[TASK_ROWS]
         start, end = piece * p[PIECE], min(inner, (piece + 1) * p[PIECE])
-        table, buffer = stack_words(64), stack_words(1024)
+        table, buffer, spare = stack_words(64), stack_words(1024), stack_words(1024)
         for row in range(row0, min(p[ROWS], row0 + p[TASK_ROWS])):
             if p[PLAIN] and sources <= MOST_IN_TABLE:
                 for j in range(1, sources + 1):
@@ -205,7 +208,7 @@ def add_task(bits: int) -> int:
                 add_run(bits, to, table, sources, end - start, p[NONTEMPORAL])
             else:
                 for first in range(start, end, BLOCK):
-                    add_general(bits, params, row, first, min(BLOCK, end - first), buffer)
+                    add_general(bits, params, row, first, min(BLOCK, end - first), buffer, spare)
 
     return task(add)
 
@@ -304,7 +307,7 @@ def concat_around(params, row0, row1):
     p = words(params)
     row_bytes, block = p[5], p[6]
     to = p[7] + row0 * row_bytes
-    stage = -(-stack_words(STAGE_WORDS) // VECTOR_BYTES) * VECTOR_BYTES
+    stage = stack_words(STAGE_WORDS)
     lead = to % VECTOR_BYTES  # the stage begins as far into a line as the output does
     to -= lead
     held = lead
