@@ -28,10 +28,8 @@ def common_reasons(spec: FusionSpec, merge: Merge, dtype: str) -> list[str]:
     if spec.precision is not None:
         reasons.append(f"precision is {spec.precision}, which only GPUs offer")
     every = (*spec.sources, spec.residual) if spec.residual else spec.sources
-    for name in ("scale", "shift", "activation"):
-        if any(getattr(source, name) for source in every):
-            reasons.append(f"a source has {name}, which the tile load does not apply yet")
-    return reasons
+    asked = [name for name in ("scale", "shift", "activation") if any(getattr(source, name) for source in every)]
+    return reasons + [f"a source has {name}, which the tile load does not apply yet" for name in asked]
 
 
 def run(spec: FusionSpec, tiling: ConvTiling, operands: Operands, out: np.ndarray[Any, Any]) -> None:

@@ -184,14 +184,21 @@ def prepare_packing(spec: FusionSpec, tiling: ConvTiling, strides: Strides) -> t
     )
 
 
+@functools.lru_cache(maxsize=512)
+def is_packed(spec: FusionSpec, tiling: ConvTiling, strides: Strides) -> bool:
+    """Whether filters of these strides lie in the order of the task already: one block, one chunk, channels last."""
+    whole = tiling.chunks == 1 and spec.conv.groups == 1 and tiling.width == spec.conv.K
+    contiguous = tuple(np.cumprod((tiling.item_bytes, *spec.filter_shape[:0:-1]))[::-1].tolist())
+    return whole and spec.layout is Layout.NHWC and strides == contiguous
+
+
 def pack(spec: FusionSpec, tiling: ConvTiling, filters: Any, packed: int) -> None:
     """Writes the filters in the order of the task to the address `packed`."""
     template, task, tasks = prepare_packing(spec, tiling, filters.strides)
     words = template[:]
     words[0], words[1] = packed, address(filters)
-    threads.parallel_for(
-        task, words.buffer_info()[0], tasks, threads.get_num_threads(), PACKING_FLOPS * tiling.packed_elements / tasks
-    )
+    flops = PACKING_FLOPS * tiling.packed_elements / tasks
+    threads.parallel_for(task, words.buffer_info()[0], tasks, threads.get_num_threads(), flops)
 
 
 PACKING_FLOPS = 32.0  # what computes as long as one element is copied: 4 bytes at 16 GB/s against 120 GFLOP/s
@@ -200,18 +207,24 @@ PACKING_FLOPS = 32.0  # what computes as long as one element is copied: 4 bytes 
 def run(spec: FusionSpec, tiling: ConvTiling, operands: Operands, out: np.ndarray[Any, Any]) -> None:
     """Writes the result of a contraction to `out`."""
     residual, filters = operands.residual, operands.filters
+    assert filters is not None
     strides = tuple([source.strides for source in operands.sources])
     prepared = prepare(spec, tiling, strides, out.strides, None if residual is None else residual.strides)
     words = prepared.words[:]
     count = threads.get_num_threads()
     slots_bytes = prepared.slot_bytes * count
-    kept = _kept(spec, tiling, filters) if isinstance(filters, Filters) else None
-    area = WORKSPACE.borrow(slots_bytes if kept else slots_bytes + tiling.shared_bytes)
+    if isinstance(filters, Filters):
+        packed = _kept(spec, tiling, filters).start
+    elif is_packed(spec, tiling, filters.strides):
+        packed = address(filters)
+    else:
+        packed = 0
+    area = WORKSPACE.borrow(slots_bytes if packed else slots_bytes + tiling.shared_bytes)
     try:
-        words[at.SCRATCH] = area.start
-        words[at.FILTERS] = kept.start if kept else area.start + slots_bytes
-        if kept is None:
-            pack(spec, tiling, filters, area.start + slots_bytes)
+        if not packed:
+            packed = area.start + slots_bytes
+            pack(spec, tiling, filters, packed)
+        words[at.SCRATCH], words[at.FILTERS] = area.start, packed
         words[at.OUT] = address(out)
         if operands.bias is not None:
             words[at.BIAS] = address(operands.bias)

@@ -2,9 +2,9 @@
 
     for index in range(tasks): task(params, index, slot)
 
-`slot` numbers the threads of one launch and picks scratch memory. The caller works too, and waits only for tasks that another
-thread has begun: a worker that the system does not schedule costs nothing. Numba's own threading layers are not used; what
-they do under contention, threads and forks is in `docs/decisions`.
+`slot` numbers the threads of one launch and picks scratch memory. The caller works too, and waits only for tasks that
+another thread has begun: a worker that the system does not schedule costs nothing. Why it is not one of numba's layers:
+`docs/decisions/0002-a-thread-pool-of-our-own.md`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import functools
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numba
@@ -27,7 +27,7 @@ from numba.extending import intrinsic
 
 from fusionops.cpu import jit
 from fusionops.cpu.memory import address
-from fusionops.cpu.simd import I32, I64, word, words
+from fusionops.cpu.simd import I32, I64, words
 
 # Words of a pool, each at the start of a cache line of its own where two threads write.
 OPEN = 0  # 1 while the tasks of a launch may be taken
@@ -38,8 +38,8 @@ STOP = 32  # 1 when the process ends
 BELL = 40  # a POSIX semaphore that wakes the workers
 POOL_WORDS = 64
 
-# How often a worker asks for the next launch before it sleeps, yielding in between: some 50 µs, in which calls that follow
-# one another find it awake.
+# How often a worker asks for the next launch before it sleeps, yielding in between: some 50 µs, in which calls that
+# follow one another find it awake.
 PATIENCE = 100
 
 
@@ -215,8 +215,8 @@ def _forget_pool() -> None:
 
 os.register_at_fork(after_in_child=_forget_pool)
 
-# Below this much work in all, waking a second thread costs more than it saves: 20 µs of one core at 150 GFLOP/s.
-SERIAL_FLOPS = 3.0e6
+# Below this much work in all, waking a second thread costs more than it saves: 8 µs of one core at 125 GFLOP/s.
+SERIAL_FLOPS = 1.0e6
 
 # Python sees signals only between launches, so a launch ends after about this much work of each thread: 50 ms at
 # 100 GFLOP/s. Shorter launches cost more waiting for the last task of each.
@@ -225,7 +225,7 @@ LAUNCH_FLOPS = 5.0e9
 
 @functools.cache
 def available_threads() -> int:
-    """Cores this process may run on when it first asks, no more than NUMBA_NUM_THREADS; 1 where there are no semaphores."""
+    """Cores this process may run on when it first asks, at most NUMBA_NUM_THREADS; 1 where there are no semaphores."""
     if not sys.platform.startswith("linux"):
         return 1
     return min(len(os.sched_getaffinity(0)), int(numba.config.NUMBA_NUM_THREADS))
@@ -245,28 +245,33 @@ def get_num_threads() -> int:
 
 
 def parallel_for(task: int, params: int, tasks: int, threads: int, flops_per_task: float) -> None:
-    """Runs `tasks` tasks on up to `threads` threads; the work of a task that computes little is what FLOPs take as long.
+    """Runs `tasks` tasks on up to `threads` threads; a task that computes little counts as what FLOPs take as long.
 
     While another Python thread's launch has the pool, the caller works alone: the bits are the same.
     """
-    if threads > 1 and tasks > 1 and tasks * flops_per_task >= SERIAL_FLOPS:
+    flops = tasks * flops_per_task
+    if threads > 1 and tasks > 1 and flops >= SERIAL_FLOPS:
         pool = _pool()
         if pool.lock.acquire(blocking=False):
             try:
                 pool.grow(threads - 1)
-                launch = functools.partial(_launch_entry(), pool.address, task, params)
-                _sliced(launch, tasks, threads, flops_per_task, threads)
+                launch = _launch_entry()
+                for first, last in _slices(tasks, flops, threads):
+                    launch(pool.address, task, params, first, last, threads)
             finally:
                 pool.lock.release()
             return
-    _sliced(functools.partial(_serial_entry(), task, params), tasks, 1, flops_per_task)
+    run = _serial_entry()
+    for first, last in _slices(tasks, flops, 1):
+        run(task, params, first, last)
 
 
-def _sliced(run: Callable[..., None], tasks: int, threads: int, flops_per_task: float, *slots: int) -> None:
-    """run(first, last, …) over all tasks, returning to Python every LAUNCH_FLOPS of each thread."""
-    step = max(threads, int(threads * LAUNCH_FLOPS / max(flops_per_task, 1.0)))
-    for first in range(0, tasks, step):
-        run(first, min(tasks, first + step), *slots)
+def _slices(tasks: int, flops: float, threads: int) -> Sequence[tuple[int, int]]:
+    """The ranges of tasks after each of which Python is returned to: LAUNCH_FLOPS of each thread."""
+    if flops <= threads * LAUNCH_FLOPS:
+        return ((0, tasks),)
+    step = max(threads, int(threads * LAUNCH_FLOPS * tasks / flops))
+    return [(first, min(tasks, first + step)) for first in range(0, tasks, step)]
 
 
 def prepare() -> None:

@@ -1,7 +1,7 @@
-"""How a contraction is cut up for a CPU: register tile, output tile, depth of a chunk, filter blocks of a task. Pure arithmetic.
+"""How a contraction is cut up for a CPU: register tile, output tile, depth of a chunk, filter blocks of a task.
 
-Nothing here depends on the number of threads, and the order of every sum depends on the extents of one image and its filters
-alone: C and the taps fix the chunks, whatever the batch, the tile or the split of sources.
+Pure arithmetic. Nothing depends on the number of threads, and the order of every sum depends on the extents of one
+image and its filters alone: C and the taps fix the chunks, whatever the batch, the tile or the split of sources.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from fusionops.spec import ITEM_BYTES, FusionSpec, filter_reach
 WORD_BYTES = 8
 GROUP_WORDS = 5  # of a group of mr pixels that share their taps: r from, to; s from, to; pixels in use
 
-# Pixels of an output tile. Fewer, and the filters stream from the last-level cache more often than once per 64 flop/byte;
-# more, and the tile of a 512-channel map no longer stays in L2 beside a filter block.
+# Pixels of an output tile. Fewer, and the filters stream from the last-level cache too often; more, and the tile of a
+# 512-channel map no longer stays in L2 beside a filter block.
 TILE_PIXELS = 256
 # Below this many tiles the tiles get smaller, so that every core of a small machine has some to take.
 ENOUGH_TILES = 8
-SMALLEST_TILE_PIXELS = 96
+SMALLEST_TILE_PIXELS = 64
 WIDEST_TILE = 32
 # Filters of one task, in output channels: bounds the sums a task keeps when the reduction is cut into chunks.
 TASK_FILTERS = 256
 # Share of L2 for the filter chunk that all pixels of a tile are multiplied with; the tile itself takes about as much.
 FILTER_SHARE = 4
-# One vector wide tiles load nearly as often as they multiply: 78 % of the rate of wider ones (6×4, 9×3, 14×2 vectors all
-# reach the FMA peak, a 28×1 tile 0.78 of it; AVX-512 server core).
+# One vector wide tiles load nearly as often as they multiply: tiles of 6×4, 9×3 and 14×2 vectors all reach the FMA
+# peak, one of 28×1 0.78 of it (AVX-512 server core, all in one run).
 ONE_VECTOR_EFFICIENCY = 0.78
 
 
@@ -75,7 +75,7 @@ class ConvTiling:
 
     @property
     def areas(self) -> tuple[int, ...]:
-        """Bytes of each scratch area: tile, sums, pixels, output offsets, residual offsets, groups, a register tile of the residual."""
+        """Bytes of each scratch area: tile, sums, pixels, output and residual offsets, groups, residual of a group."""
         pixels = self.groups_of_pixels * self.mr
         sizes = (
             self.rows * self.cols * self.depth * self.item_bytes,
@@ -163,7 +163,7 @@ def plan(spec: FusionSpec, device: CpuDevice, *, flat: bool = False) -> ConvTili
         tiling = _with_tile(spec, mr, nv, tile_p, tile_q, depth, blocks, task_blocks)
         if tiling.scratch_bytes <= SCRATCH_LIMIT * 3 // 4 or (tile_p, tile_q) == (1, 1):
             break
-        # A tile this large comes from a far-reaching filter: fewer pixels first, the order of sums must not depend on it.
+        # A tile this large comes from a far-reaching filter: fewer pixels first, so that the order of sums stays.
         tile_p, tile_q = (-(-tile_p // 2), tile_q) if tile_p >= tile_q else (tile_p, -(-tile_q // 2))
     while tiling.scratch_bytes > SCRATCH_LIMIT and depth > 1:
         depth = -(-depth // 2)
@@ -183,8 +183,8 @@ def _with_tile(
             (tile_p, tile_q), conv.stride, (conv.R, conv.S), conv.dilation, strict=True
         )
     )
-    # Pixels that share their valid taps form runs of rows and of columns: one with all taps, one for each number of taps
-    # missing at either end, up to all of them. Each pair of runs ends in one register tile that may not be full.
+    # Pixels that share their valid taps form runs of rows and of columns: one with all taps, one for each number of
+    # taps missing at either end, up to all. Each pair of runs ends in one register tile that may not be full.
     runs = min(tile_p, 2 * conv.R + 1) * min(tile_q, 2 * conv.S + 1)
     width = nv * VECTOR_BYTES // item
     return ConvTiling(
