@@ -30,7 +30,7 @@ class Config(Protocol):
 class Filters:
     """Filters that are packed once for each kernel that wants them in an order of its own.
 
-    Made by `fusionops.prepack`; holds a read-only copy of the array it was given, so later writes to the original change nothing.
+    Made by `fusionops.prepack`; holds a read-only copy of the array, so later writes to the original change nothing.
     """
 
     def __init__(self, array: Array, layout: Layout) -> None:
@@ -84,7 +84,7 @@ class Operands:
 class Kernel:
     """An implementation of a region of the family.
 
-    unsupported(spec)   every reason it cannot run `spec` correctly; empty means it can. Legal, not fast: preference is dispatch's
+    unsupported(spec)   every reason it cannot run `spec` correctly, however slow: preference is dispatch's
     plan(spec, device)  how it would run; pure
     run(spec, config, operands, out)   writes out; validates nothing, decides nothing
     """

@@ -63,7 +63,7 @@ def filter_reach(taps: int, dilation: int) -> int:
 
 
 def same_padding(size: int, taps: int, *, stride: int, dilation: int) -> tuple[int, int]:
-    """Zeros before and after for an output of ceil(size / stride); the odd one goes to the end (Keras, ONNX SAME_UPPER).
+    """Zeros before and after for an output of ceil(size / stride); the odd one goes to the end (ONNX: SAME_UPPER).
 
     >>> same_padding(224, 3, stride=2, dilation=1), same_padding(225, 3, stride=2, dilation=1)
     ((0, 1), (1, 1))
@@ -85,7 +85,7 @@ class Activation:
 
 @dataclass(frozen=True, slots=True)
 class SourceSpec:
-    """One input map and the prologue applied to it while it is loaded, in this order: upsample, scale, shift, activation, weight.
+    """One input map and its prologue, applied in this order: upsample, scale, shift, activation, weight.
 
     shape      as stored, before upsampling; axes in the order of the spec's layout
     upsample   integer factors along H and W
@@ -122,7 +122,8 @@ class SourceSpec:
 class Conv2d:
     """A cross-correlation with K filters of R × S taps.
 
-    y[n,p,q,k] = Σ_{r,s,c} m[n, p·stride_h + r·dilation_h − pad_top, q·stride_w + s·dilation_w − pad_left, c] · w[r,s,c,k]
+    y[n,p,q,k] = Σ_{r,s,c} m[n, h, w, c] · w[r,s,c,k]
+    h = p·stride_h + r·dilation_h − pad_top        w likewise
     """
 
     K: int
@@ -148,9 +149,11 @@ class FusionSpec:
     dtype     of the result
     axis      along which a CONCAT without contraction joins, never negative
     layout    of maps; a spec without Conv2d has its axes as the user gave them (channels last where channels matter)
+    bias      whether there is a vector (K,)
     residual  a map added before the activation
     strict    every product formed, one fixed order of summation; rewrites are not allowed
     return_sum   the merged map of an ADD is also an output
+    precision    None for that of the dtype, or "tf32", which GPUs multiply in
     """
 
     merge: Merge
@@ -172,8 +175,10 @@ class FusionSpec:
 
     @cached_property
     def _hash(self) -> int:
-        return hash((self.merge, self.sources, self.contraction, self.dtype, self.layout, self.axis, self.bias,
-                     self.residual, self.activation, self.return_sum, self.strict, self.precision, self.direction))  # fmt: skip
+        return hash((
+            self.merge, self.sources, self.contraction, self.dtype, self.layout, self.axis, self.bias, self.residual,
+            self.activation, self.return_sum, self.strict, self.precision, self.direction,
+        ))  # fmt: skip
 
     # Extents. A spec without Conv2d counts all leading axes as pixels of one row: N = H = 1.
 
@@ -281,22 +286,23 @@ class FusionSpec:
 
     @cached_property
     def gemm(self) -> tuple[int, int, int]:
-        """(gemm_m, gemm_n, gemm_k) of the equivalent matrix product of one group; gemm_k is the length of the reduction."""
+        """(gemm_m, gemm_n, gemm_k) of one group's equivalent matrix product; gemm_k is the length of the reduction."""
         conv = self.conv
         return self.N * self.P * self.Q, conv.K // conv.groups, conv.R * conv.S * (self.C // conv.groups)
 
     def __str__(self) -> str:
         """The problem in one line, as error messages and tables show it."""
         what = f"{self.merge}" + {Conv2d: "_conv", Dense: "_dense"}.get(type(self.contraction), "")
+        head = f"{what} {self.direction} {self.dtype}"
         if self.contraction is None:
             joined = {Merge.ADD: " + ", Merge.CONCAT: " | "}[self.merge].join(str(s.shape) for s in self.sources)
-            return f"{what} {self.direction} {self.dtype} {joined}"
+            return f"{head} {joined}"
         mark = {Merge.ADD: "=", Merge.CONCAT: "+"}[self.merge]
         channels = mark.join(map(str, self.channels))
         conv = self.conv
-        text = f"{what} {self.direction} {self.dtype} N{self.N} H{self.H} W{self.W} C({channels}) K{conv.K} R{conv.R} S{conv.S}"
         if isinstance(self.contraction, Dense):
-            return f"{what} {self.direction} {self.dtype} rows {self.W} C({channels}) K{conv.K}"
+            return f"{head} rows {self.W} C({channels}) K{conv.K}"
+        text = f"{head} N{self.N} H{self.H} W{self.W} C({channels}) K{conv.K} R{conv.R} S{conv.S}"
         if conv.stride != (1, 1):
             text += f" stride {conv.stride[0]}x{conv.stride[1]}"
         if conv.dilation != (1, 1):

@@ -155,12 +155,11 @@ def magnitude(spec: FusionSpec, operands: Operands) -> Array:
 def error_bound(spec: FusionSpec, operands: Operands) -> Array:
     """The admissible error of a strict kernel, elementwise, against the reference.
 
-        |error| ≤ L · (8 + 2·√gemm_k + sums) · u · (|x| ⋆ |w| + |b| + |residual|)  +  4 ulp(y)
+        |error| ≤ L · (8 + 2·√gemm_k + sums) · u · (|x| ⋆ |w| + |b| + |residual|)  +  activation_bound
 
     L      largest slope of the activation
     sums   roundings of the merge: one for each source added
     u      2⁻²⁴ for float32, 2⁻⁵³ for float64
-    ulp    only for an activation that is not exact itself
 
     Without a contraction the first term is 0: the result is NumPy's. In float64 the bound doubles, since the reference
     rounds as well. √K instead of the worst-case K: rounding errors of a sum behave like a random walk
@@ -195,7 +194,7 @@ def activation_bound(spec: FusionSpec, operands: Operands) -> Array:
     floor = 1024 * np.finfo(result.dtype).tiny
     with np.errstate(over="ignore", invalid="ignore"):  # the largest number has no successor, and infinity no ulp
         ulps = GELU_ULPS if spec.activation.name == "gelu" else TRANSCENDENTAL_ULPS
-        bound = ulps * np.spacing(np.maximum(np.abs(result), floor)).astype(np.float64)
+        bound: Array = ulps * np.spacing(np.maximum(np.abs(result), floor)).astype(np.float64)
         if spec.dtype == "float64":
             bound *= 2
             if spec.activation.name == "gelu":

@@ -25,10 +25,10 @@ ERFC_SCALE = 0.4
 ERFC = (-0.009369915031236157, 0.03982965495182228, -0.04060857220532594, -0.0437865959236927, 0.08082992696628451,
         -0.02197422254289922, 0.08571635990114478, 0.07878697725635762, 0.10501230247989923, 0.11272128971946903,
         0.11284279349067121)  # fmt: skip
-"""exp(u²)·erfc(u) / (2t) as a polynomial in t = 1 / (1 + 0.4·u) for 0 ≤ u ≤ 10.2: 0.03. Its coefficients are small, so that
-Horner's rule adds 2 units; with a scale of 0.33 they alternate around 0.3 and it adds 4."""
-PHI = (-7.654304228936482e-06, 0.00011348663640520229, -0.001186330207262605, 0.009973323526447565, -0.06649035994441721,
-       0.39894228011871163)  # fmt: skip
+"""exp(u²)·erfc(u) / (2t) as a polynomial in t = 1 / (1 + 0.4·u) for 0 ≤ u ≤ 10.2: 0.03. Its coefficients are small, so
+that Horner's rule adds 2 units; with a scale of 0.33 they alternate around 0.3 and it adds 4."""
+PHI = (-7.654304228936482e-06, 0.00011348663640520229, -0.001186330207262605, 0.009973323526447565,
+       -0.06649035994441721, 0.39894228011871163)  # fmt: skip
 """(Φ(x) − 1/2) / x as a polynomial in x² for |x| ≤ 1: 0.01."""
 ERFC_END = 14.4  # x = √2·u beyond which x·Φ(x) rounds to 0
 
@@ -76,7 +76,7 @@ def tanh(v: Lanes, x: ir.Value) -> ir.Value:
 
 
 def gelu(v: Lanes, x: ir.Value) -> ir.Value:
-    """x·Φ(x), Φ the normal distribution: Φ(−|x|) = erfc(|x|/√2)/2 keeps its relative accuracy, Φ(|x|) is its complement.
+    """x·Φ(x), Φ the normal distribution: Φ(−|x|) = erfc(|x|/√2)/2 keeps its relative accuracy; Φ(|x|) = 1 − Φ(−|x|).
 
     Around 0, where erfc's errors would be those of a number near 1, a polynomial.
     """
@@ -89,7 +89,11 @@ def gelu(v: Lanes, x: ir.Value) -> ir.Value:
     u = b.fmul(size, v.constant(math.sqrt(0.5)))
     t = b.fdiv(v.constant(1.0), v.multiply_add(u, v.constant(ERFC_SCALE), v.constant(1.0)))
     square = b.fmul(size, size)
-    lost = v.multiply_add(size, size, b.fneg(square))  # what rounding took from x²: e^(−x²/2) would multiply it by x²/2
+    # What rounding took from x², which e^(−x²/2) would multiply by x²/2: Dekker's product, exact with and without FMA.
+    high = b.bitcast(b.and_(b.bitcast(size, v.int), v.integers(-(1 << 12))), v.type)
+    low = b.fsub(size, high)
+    lost = b.fsub(b.fmul(high, high), square)
+    lost = b.fadd(b.fadd(lost, b.fmul(v.constant(2.0), b.fmul(high, low))), b.fmul(low, low))
     half = v.constant(-0.5)
     power = exp(v, b.fmul(half, square))
     power = v.multiply_add(b.fmul(half, lost), power, power)

@@ -1,11 +1,12 @@
-"""The convolution task and its filter packing: one output tile from tile load to store. Compiled once per register tile.
+"""The convolution task and its filter packing: one output tile from tile load to store. Chooses no extents.
 
     y[n,p,q,k] = act( Σ_{r,s,c} merged[n, p·stride_h + r·dilation_h − pad_top, q·stride_w + s·dilation_w − pad_left, c]
                       · w[r,s,c,k] + b[k] + residual[n,p,q,k] )
 
-A task owns TILE_P × TILE_Q pixels and TASK_BLOCKS filter blocks. For each chunk of channels it loads the merged tile once, then
-multiplies it with each filter block. Pixels whose valid taps coincide share register tiles, so taps in the padding are
-skipped, not multiplied by zero. Order of the sum: chunks of channels, in each the filter rows, columns, channels.
+A task owns TILE_P × TILE_Q pixels and TASK_BLOCKS filter blocks. For each chunk of channels it loads the merged tile
+once, then multiplies it with each filter block. Pixels whose valid taps coincide share register tiles, so taps in the
+padding are skipped, not multiplied by zero. Order of the sum: chunks of channels, in each the filter rows, columns,
+channels.
 """
 
 from __future__ import annotations
@@ -43,10 +44,8 @@ def run_end(position, last, origin, stride, dilation, taps, extent):
 def group_pixels(params, scratch, mr, n, p0, p1, q0, q1):
     """Fills the tables of register tiles for one output tile and returns their number."""
     p = words(params)
-    pixels, outs, residuals, groups = (
-        words(scratch + p[at.AT_PIXELS]), words(scratch + p[at.AT_OUT]), words(scratch + p[at.AT_RESIDUAL]),
-        words(scratch + p[at.AT_GROUPS]),
-    )  # fmt: skip
+    pixels, groups = words(scratch + p[at.AT_PIXELS]), words(scratch + p[at.AT_GROUPS])
+    outs, residuals = words(scratch + p[at.AT_OUT]), words(scratch + p[at.AT_RESIDUAL])
     stride_h, stride_w, dilation_h, dilation_w = p[at.STRIDE_H], p[at.STRIDE_W], p[at.DILATION_H], p[at.DILATION_W]
     has_residual = p[at.RESIDUAL] != 0
     count = 0
@@ -60,7 +59,7 @@ def group_pixels(params, scratch, mr, n, p0, p1, q0, q1):
             s0, s1 = valid_taps(col * stride_w - p[at.PAD_LEFT], dilation_w, p[at.S], p[at.W])
             width = col_end - col
             total = (row_end - row) * width
-            a, b = row, col
+            out_p, out_q = row, col
             for first in range(0, total, mr):
                 used = min(mr, total - first)
                 group = count * GROUP_WORDS
@@ -69,14 +68,14 @@ def group_pixels(params, scratch, mr, n, p0, p1, q0, q1):
                 for i in range(mr):
                     slot = count * mr + i
                     if i < used:
-                        pixels[slot] = (a - p0) * stride_h * p[at.COLS] + (b - q0) * stride_w
-                        outs[slot] = n * p[at.OUT_N] + a * p[at.OUT_P] + b * p[at.OUT_Q]
+                        pixels[slot] = (out_p - p0) * stride_h * p[at.COLS] + (out_q - q0) * stride_w
+                        outs[slot] = n * p[at.OUT_N] + out_p * p[at.OUT_P] + out_q * p[at.OUT_Q]
                         if has_residual:
-                            residuals[slot] = (n * p[at.RESIDUAL_N] + a // p[at.RESIDUAL_UP_H] * p[at.RESIDUAL_P]
-                                               + b // p[at.RESIDUAL_UP_W] * p[at.RESIDUAL_Q])  # fmt: skip
-                        b += 1
-                        if b == col_end:
-                            a, b = a + 1, col
+                            residuals[slot] = (n * p[at.RESIDUAL_N] + out_p // p[at.RESIDUAL_UP_H] * p[at.RESIDUAL_P]
+                                               + out_q // p[at.RESIDUAL_UP_W] * p[at.RESIDUAL_Q])  # fmt: skip
+                        out_q += 1
+                        if out_q == col_end:
+                            out_p, out_q = out_p + 1, col
                     else:  # a register tile is always full: the rest repeats its last pixel
                         pixels[slot], outs[slot] = pixels[slot - 1], NOWHERE
                 count += 1
@@ -115,12 +114,10 @@ def conv_task(bits: int, mr: int, nv: int) -> int:
             is_last = c0 + depth == channels
             load_tile(bits, params, scratch, n, h0, w0, group * channels + c0, depth)
             for block in range(block0, block1):
-                panel = (
-                    p[at.FILTERS]
-                    + ((group * p[at.BLOCKS] + block) * block_elements + p[at.R] * p[at.S] * c0 * width) * item
-                )
+                panel = p[at.FILTERS] + ((group * p[at.BLOCKS] + block) * block_elements
+                                         + p[at.R] * p[at.S] * c0 * width) * item  # fmt: skip
                 k0, used = group * filters + block * width, min(width, filters - block * width)
-                # While this block is multiplied, the next one comes to L2: the next of the task, or the first of the next chunk.
+                # While this block is multiplied the next comes to L2: the task's next, or the first of the next chunk.
                 following, step = panel, 0
                 if block + 1 < block1:
                     following, step = panel + block_elements * item, width * item // count + 1
@@ -140,24 +137,13 @@ def conv_task(bits: int, mr: int, nv: int) -> int:
                     if dense_rows:  # neighbouring taps are neighbours in the tile and in the panel: one longer run
                         inner, run = 1, (s1 - s0) * depth
                     if is_last:
-                        ask_for_output(
-                            bits, params, outs + g * mr * 8, residuals + g * mr * 8, groups[head + 4], k0, used
-                        )
+                        ask_for_output(bits, params, outs + g * mr * 8, residuals + g * mr * 8,
+                                       groups[head + 4], k0, used)  # fmt: skip
                     gemm_tile(bits, mr, nv, a, pixels + g * mr * 8, depth, r1 - r0, a_row, b_row, inner,
                               p[at.DILATION_W] * depth, depth, run, b, sums, c0, following + g * share, step)  # fmt: skip
                     if is_last:
-                        finish_tile(
-                            bits,
-                            width,
-                            params,
-                            sums,
-                            outs + g * mr * 8,
-                            residuals + g * mr * 8,
-                            copy,
-                            groups[head + 4],
-                            k0,
-                            used,
-                        )
+                        finish_tile(bits, width, params, sums, outs + g * mr * 8, residuals + g * mr * 8, copy,
+                                    groups[head + 4], k0, used)  # fmt: skip
                 if is_last and p[at.OUT_K] != 1:
                     sums = scratch + p[at.AT_SUMS] + (block - block0) * count * mr * width * item
                     scatter_tile(bits, width, params, sums, outs, count * mr, k0, used)
@@ -167,7 +153,7 @@ def conv_task(bits: int, mr: int, nv: int) -> int:
 
 @functools.cache
 def pack_task(bits: int) -> int:
-    """Address of the task that packs one filter block: [chunk of channels][r][s][channel][width], zero beyond the last filter.
+    """Address of the task that packs one filter block: [chunk][r][s][channel][width], zero beyond the last filter.
 
     Words: packed, filters, steps r s c k (elements), R, S, channels of a group, filters of a group, depth, width, blocks.
     """

@@ -19,15 +19,14 @@ from fusionops.cpu.prologue import merge_rows, rounded, vector_loop
 from fusionops.cpu.simd import I64, VECTOR_BYTES, Lanes, doubles, elements, prefetch_read, prefetch_write, word, words
 from fusionops.cpu.transpose import BLOCK_WORDS, stack_words, transpose_block
 
-
 NOWHERE = -(1 << 62)  # stands for the place of a pixel that only fills up a register tile
 
 
 @intrinsic(prefer_literal=True)
 def finish_rows(typing, bits, rows, to, places, sums, step, count, bias, residual, residual_places, activation, slope):
-    """to[places[r] + i] = activation(sums[r·step + i] + bias[i] + residual[residual_places[r] + i]) for runs of channels.
+    """to[places[r] + i] = activation(sums[r·step + i] + bias[i] + residual[residual_places[r] + i]) for i < count.
 
-    Address 0 stands for no bias, no residual; for places it stands for r·step.
+    One run of channels for each r < rows. Address 0 stands for no bias and no residual, as a table of places for r·step.
     """
     if not isinstance(bits, types.IntegerLiteral):
         return None
@@ -94,7 +93,7 @@ def ask_for_output(bits, params, out_at, residual_at, count, k0, channels):
 
 @inline
 def load_residual(bits, params, to, pixel, first, count):
-    """to[i] = weight · residual[pixel + first + i]: only for residuals that are weighted or not contiguous along channels."""
+    """to[i] = weight · residual[pixel + (first + i)·step]: only where there is a weight or a step."""
     p = words(params)
     item = bits // 8
     d, s = elements(bits, to), elements(bits, p[at.RESIDUAL])
@@ -112,7 +111,7 @@ def load_residual(bits, params, to, pixel, first, count):
 
 @inline
 def finish_tile(bits, width, params, sums, out_at, residual_at, copy, count, k0, channels):
-    """Finishes `count` pixels of `channels` filters from k0 on: straight to an output that is contiguous along k, else in place."""
+    """Finishes `count` pixels for `channels` filters from k0 on: to an output contiguous along k, else in place."""
     p = words(params)
     item = bits // 8
     bias = p[at.BIAS] + k0 * item if p[at.BIAS] != 0 else 0
@@ -127,20 +126,8 @@ def finish_tile(bits, width, params, sums, out_at, residual_at, copy, count, k0,
             residual, residual_at = copy, 0
         else:
             residual = p[at.RESIDUAL] + k0 * item
-    finish_rows(
-        bits,
-        count,
-        to,
-        places,
-        sums,
-        width,
-        channels,
-        bias,
-        residual,
-        residual_at,
-        p[at.ACTIVATION],
-        doubles(params)[at.SLOPE],
-    )
+    finish_rows(bits, count, to, places, sums, width, channels, bias, residual, residual_at,
+                p[at.ACTIVATION], doubles(params)[at.SLOPE])  # fmt: skip
 
 
 @inline

@@ -25,8 +25,8 @@ T = TypeVar("T")
 LOG = logging.getLogger(__name__)
 
 OPTIONS: dict[str, Any] = {
-    # No fastmath, not even "contract": a fused multiply-add is written out where it is wanted (simd.fma), and the merge
-    # must round products and sums one by one to equal NumPy's bits. A NaN in the input must reach the output.
+    # No fastmath, not even "contract": a fused multiply-add is written out where it is wanted (Lanes.multiply_add), and
+    # the merge must round products and sums one by one to equal NumPy's bits. A NaN in the input must reach the output.
     "fastmath": False,
     # Division follows IEEE instead of raising: nothing may raise inside a kernel.
     "error_model": "numpy",
@@ -44,18 +44,8 @@ def _forget_lock() -> None:
 os.register_at_fork(after_in_child=_forget_lock)
 
 # What a damaged or half-written cache entry raises when it is loaded.
-CACHE_ERRORS = (
-    EOFError,
-    pickle.UnpicklingError,
-    OSError,
-    ValueError,
-    KeyError,
-    IndexError,
-    AttributeError,
-    ImportError,
-    TypeError,
-    RuntimeError,
-)
+CACHE_ERRORS = (EOFError, pickle.UnpicklingError, OSError, ValueError, KeyError, IndexError, AttributeError,
+                ImportError, TypeError, RuntimeError)  # fmt: skip
 
 
 @functools.cache
@@ -86,7 +76,7 @@ def cache_directory() -> str | None:
 
 @contextmanager
 def _numba_cache_in(directory: str) -> Iterator[None]:
-    """Points numba's cache at `directory` while one of our functions is decorated; the user's own setting comes back."""
+    """Points numba's cache at `directory` while a function of ours is decorated; the user's own setting comes back."""
     before = numba.config.CACHE_DIR
     numba.config.CACHE_DIR = directory
     try:
@@ -124,11 +114,11 @@ def task(function: Callable[[int, int, int], None]) -> int:
     return int(compiled.address)
 
 
-def entry(signature: Any, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+def entry(signature: Any, function: Callable[..., Any]) -> Callable[..., Any]:
     """Compiles a function that Python calls, without the GIL while it runs."""
 
     def make(cache: bool) -> Callable[..., Any]:
-        made: Callable[..., Any] = numba.njit(signature, nogil=True, cache=cache, **OPTIONS, **options)(function)
+        made: Callable[..., Any] = numba.njit(signature, nogil=True, cache=cache, **OPTIONS)(function)
         return made
 
     return _compile(make)

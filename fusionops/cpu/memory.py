@@ -16,10 +16,10 @@ _pointer_at = ctypes.c_void_p.from_address
 
 @functools.cache
 def _data_offset() -> int | None:
-    """Where an ndarray object keeps its data pointer: the first field after the object header, as NumPy's C interface has it.
+    """Where an ndarray keeps its data pointer: the first field after the object header, as NumPy's C API has it.
 
     Verified on live arrays; None where it is not so, and the slow public attribute is used. Reading it costs 0.3 µs
-    instead of the 1.8 µs of `array.ctypes.data` (same machine), and a small call needs five addresses.
+    instead of the 1.8 µs of `array.ctypes.data`, and a small call needs five addresses.
     """
     offset = object.__basicsize__
     for probe in (np.empty(3), np.empty((2, 5), np.float32)[1:, ::2]):

@@ -1,9 +1,10 @@
-"""The register tile: an mr × (nv vectors) product accumulated over segments of a reduction. No edges, no addressing decisions.
+"""The register tile: a product of mr pixels and nv vectors of filters over segments of a reduction. Knows no edges.
 
-    C[i, :] (+)= Σ_{u < outer} Σ_{v < inner} Σ_{d < depth}  A[pixel[i]·pitch + u·a_outer + v·a_inner + d] · B[u·b_outer + v·b_inner + d, :]
+    C[i, :] (+)= Σ_{u < outer} Σ_{v < inner} Σ_{d < depth}  A[pixels[i]·pitch + u·a_outer + v·a_inner + d]
+                                                            · B[u·b_outer + v·b_inner + d, :]
 
-The rows of A are any pixels of a packed tile; B is a micropanel whose row is nv vectors. The sum of a call starts at zero and
-runs in the order written; with `accumulate` it is then added to C.
+The rows of A are any pixels of a packed tile; B is a micropanel whose row is nv vectors. The sum of a call starts at
+zero and runs in the order written; with `accumulate` it is then added to C.
 """
 
 from __future__ import annotations
@@ -19,30 +20,11 @@ from fusionops.cpu.simd import I64, Lanes, word
 
 
 @intrinsic(prefer_literal=True)
-def gemm_tile(
-    typing,
-    bits,
-    mr,
-    nv,
-    a,
-    pixels,
-    pitch,
-    outer,
-    a_outer,
-    b_outer,
-    inner,
-    a_inner,
-    b_inner,
-    depth,
-    panel,
-    c,
-    accumulate,
-    ahead,
-    ahead_step,
-):
+def gemm_tile(typing, bits, mr, nv, a, pixels, pitch, outer, a_outer, b_outer, inner, a_inner, b_inner, depth, panel, c,
+              accumulate, ahead, ahead_step):  # fmt: skip
     """Addresses a, pixels (int64 each), panel, c; steps in elements; bits, mr and nv literal.
 
-    ahead, ahead_step   what comes next: an address asked for in L2 at each step of the reduction, and its advance in bytes
+    ahead, ahead_step   an address asked for in L2 at each step of the reduction, and its advance in bytes
     """
     if not all(isinstance(value, types.IntegerLiteral) for value in (bits, mr, nv)):
         return None
@@ -50,23 +32,8 @@ def gemm_tile(
     signature = types.void(bits, mr, nv, *[types.intp] * 15)
 
     def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        (
-            a,
-            pixels,
-            pitch,
-            outer,
-            a_outer,
-            b_outer,
-            inner,
-            a_inner,
-            b_inner,
-            depth,
-            panel,
-            c,
-            accumulate,
-            ahead,
-            ahead_step,
-        ) = args[3:]
+        (a, pixels, pitch, outer, a_outer, b_outer, inner, a_inner, b_inner, depth, panel, c,
+         accumulate, ahead, ahead_step) = args[3:]  # fmt: skip
         lanes = Lanes(b, bits.literal_value)
         width = vectors * lanes.count
         pixel = b.inttoptr(pixels, I64.as_pointer())

@@ -26,7 +26,7 @@ TASK_BLOCKS = 24  # of which one task computes this many
 ROWS, COLS = 25, 26  # input rows and columns that a tile reads
 
 # Where things are
-SCRATCH = 27
+SCRATCH = 27  # the slots, one after the other
 SCRATCH_BYTES = 28  # of one slot
 AT_SUMS, AT_PIXELS, AT_OUT, AT_RESIDUAL, AT_GROUPS, AT_COPY = 29, 30, 31, 32, 33, 34  # bytes from the slot's start
 FILTERS = 35  # packed
@@ -43,11 +43,11 @@ RESIDUAL_FACTOR = 50  # float64 bits of a scalar, or the address of a vector
 ACTIVATION = 51
 SLOPE = 52  # float64 bits
 
-SOURCES = 56
-SOURCE_WORDS = 12
+SOURCES = 56  # words 53 to 55 are free
+SOURCE_WORDS = 12  # the last one is free
 S_BASE, S_N, S_H, S_W, S_C = 0, 1, 2, 3, 4
 S_UP_H, S_UP_W = 5, 6
 S_CHANNELS, S_FIRST = 7, 8  # its channels, and where they start in the merged map
-S_WEIGHT, S_FACTOR = 9, 10
+S_WEIGHT, S_FACTOR = 9, 10  # as those of the residual
 
 WEIGHT_NONE, WEIGHT_SCALAR, WEIGHT_VECTOR = 0, 1, 2

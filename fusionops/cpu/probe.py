@@ -1,4 +1,4 @@
-"""What this machine can do at most, measured now: the FMA peak and the copy bandwidth that results are compared with."""
+"""What this machine can do at most, measured now: the FMA peak and the copy bandwidth. Judges no kernel."""
 
 from __future__ import annotations
 
@@ -40,19 +40,15 @@ def fma_peak(threads_used: int, dtype: str = "float32", seconds: float = 0.2) ->
     rng = np.random.default_rng(0)
     a, panel = rng.random(DEPTH).astype(dtype), rng.random(DEPTH * width).astype(dtype)
     sums, pixels = np.zeros(threads_used * mr * width, dtype), np.zeros(mr, np.int64)
-    params = np.array(
-        [REPEATS, address(a), address(pixels), DEPTH, address(panel), address(sums), mr * width * item], np.int64
-    )
+    words_of_call = [REPEATS, address(a), address(pixels), DEPTH, address(panel), address(sums), mr * width * item]
+    params = np.array(words_of_call, np.int64)
     flops = 2.0 * REPEATS * DEPTH * mr * width
-    tasks = 8 * threads_used
-    return (
-        flops
-        * tasks
-        / _best(
-            lambda: threads.parallel_for(_peak_task(8 * item, mr, nv), address(params), tasks, threads_used, flops),
-            seconds,
-        )
-    )
+    task_address, tasks = _peak_task(8 * item, mr, nv), 8 * threads_used
+
+    def run() -> None:
+        threads.parallel_for(task_address, address(params), tasks, threads_used, flops)
+
+    return flops * tasks / _best(run, seconds)
 
 
 def copy_bandwidth(threads_used: int, nbytes: int, seconds: float = 0.2) -> float:

@@ -1,7 +1,7 @@
 """Tile loads for the CPU backend: upsampling, weights and the merge in one pass over a tile, from any strides.
 
-Writes packed tiles [row][column][channel]; positions outside the map are left unwritten, because no tap that falls there is
-ever multiplied. Contains no arithmetic on filters.
+Writes packed tiles [row][column][channel]; positions outside the map are left unwritten, because no tap that falls
+there is ever multiplied. Contains no arithmetic on filters.
 """
 
 from __future__ import annotations
@@ -32,7 +32,10 @@ def vector_loop(b: ir.IRBuilder, lanes: Lanes, count: ir.Value, body: Any) -> No
 
 @intrinsic(prefer_literal=True)
 def merge_rows(typing, bits, to, to_step, source, step, rows, count, weight, factor, weights, accumulate):
-    """to[r·to_step + i] (+)= source[r·step + i] · (1 | factor | weights[i]) for runs of channels; products and sums rounded one by one."""
+    """to[r·to_step + i] (+)= source[r·step + i] · (1 | factor | weights[i]), i < count, r < rows.
+
+    Products and sums are rounded one by one. `weight` is one of WEIGHT_…; `accumulate` says whether to add.
+    """
     if not isinstance(bits, types.IntegerLiteral):
         return None
     signature = types.void(bits, *[types.intp] * 7, types.float64, types.intp, types.intp)
@@ -63,7 +66,8 @@ def merge_rows(typing, bits, to, to_step, source, step, rows, count, weight, fac
 
         for kind in (at.WEIGHT_NONE, at.WEIGHT_SCALAR, at.WEIGHT_VECTOR):
             with b.if_then(b.icmp_signed("==", weight, word(kind))):
-                with b.if_else(b.icmp_signed("!=", accumulate, word(0))) as (again, first):
+                resumes = b.icmp_signed("!=", accumulate, word(0))
+                with b.if_else(resumes) as (again, first):
                     with again:
                         run(kind, True)
                     with first:
@@ -90,7 +94,7 @@ def merge_strided(bits, to, source, step, count, weight, factor, weights, accumu
 
 @inline
 def merge_transposed(
-    bits, line, depth, row, source_c, stored_w, w_from, w_to, up_w, count, weight, factor, weights, accumulate
+    bits, line, depth, row, step_c, stored_w, w_from, w_to, up_w, count, weight, factor, weights, accumulate
 ):
     """merge_rows for columns that lie side by side in memory: blocks of channels × columns, turned in registers.
 
@@ -103,15 +107,14 @@ def merge_transposed(
     for c in range(0, count, lanes):
         channels = min(lanes, count - c)
         for channel in range(c + channels, min(count, c + 2 * lanes)):  # short runs that no hardware prefetcher follows
-            prefetch_read(row + (w_from // up_w + channel * source_c) * item, span)
+            prefetch_read(row + (w_from // up_w + channel * step_c) * item, span)
         w = w_from
         while w < w_to:
             stored = w // up_w
             start = max(0, min(stored, stored_w - lanes))
             last = min((w_to - 1) // up_w + 1, start + lanes)
-            transpose_block(
-                bits, block, row + (start + c * source_c) * item, source_c, channels, min(lanes, stored_w - start)
-            )
+            transpose_block(bits, block, row + (start + c * step_c) * item, step_c, channels,
+                            min(lanes, stored_w - start))  # fmt: skip
             to, here = line + c * item, block + (stored - start) * lanes * item
             if up_w == 1:
                 merge_rows(bits, to + (w - w_from) * depth * item, depth, here, lanes, last - stored, channels,
@@ -120,8 +123,8 @@ def merge_transposed(
             else:
                 for column in range(stored, last):
                     end = min(w_to, (column + 1) * up_w)
-                    merge_rows(bits, to + (w - w_from) * depth * item, depth, here + (column - stored) * lanes * item, 0,
-                               end - w, channels, weight, factor, weights + c * item, accumulate)  # fmt: skip
+                    merge_rows(bits, to + (w - w_from) * depth * item, depth, here + (column - stored) * lanes * item,
+                               0, end - w, channels, weight, factor, weights + c * item, accumulate)  # fmt: skip
                     w = end
 
 
@@ -181,9 +184,7 @@ def load_tile(bits, params, to, n, h0, w0, c0, depth):
         base = s[at.S_BASE] + (n * s[at.S_N] + (c_from - first) * s[at.S_C]) * item
         up_h, up_w, step_w = s[at.S_UP_H], s[at.S_UP_W], s[at.S_W]
         for h in range(h_from, h_to):
-            if (
-                step_w == count and h + up_h < h_to
-            ):  # the row after this one, whose start no hardware prefetcher guesses
+            if step_w == count and h + up_h < h_to:  # the next row, whose start no hardware prefetcher guesses
                 ahead = base + ((h + up_h) // up_h * s[at.S_H] + w_from // up_w * step_w) * item
                 prefetch_read(ahead, (w_to - w_from) // up_w * count * item)
             line = to + (((h - h0) * cols + (w_from - w0)) * depth + (c_from - c0)) * item

@@ -1,7 +1,7 @@
 """Vector IR: what a kernel can say about 64-byte vectors, and pointers for Numba code. No loops over tensors.
 
-Everything is generic LLVM IR on <16 x float> or <8 x double>; LLVM splits it into the registers that the host has, so the
-same source is legal on every processor.
+Everything is generic LLVM IR on <16 x float> or <8 x double>; LLVM splits it into the registers that the host has, so
+the same source is legal on every processor.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def word(value: int) -> ir.Constant:
 
 
 class Lanes:
-    """One vector type and the instructions on it, bound to an IR builder. `bits` is the width of an element: 32 or 64."""
+    """One vector type and the instructions on it, bound to an IR builder; `bits` of an element are 32 or 64."""
 
     def __init__(self, b: ir.IRBuilder, bits: int) -> None:
         self.b = b

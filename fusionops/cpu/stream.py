@@ -37,13 +37,13 @@ from fusionops.device import CpuDevice
 from fusionops.kernel import Kernel, Operands
 from fusionops.spec import ITEM_BYTES, Direction, FusionSpec, Merge, SourceSpec
 
-# Outputs from this size on are stored around the caches: they do not fit the L2 of the core that wrote them, and a store
-# through the caches first reads the line. Measured on two AVX-512 cores, median of 7 interleaved rounds: an add is 1.15×
-# as fast at 4 MiB and 1.2× at 64 MiB of output, a concat 1.05× and 1.35×.
+# Bytes of output from which on it is stored around the caches: it does not fit the L2 of the core that wrote it, and a
+# store through the caches first reads the line. Measured on two AVX-512 cores, median of 7 interleaved rounds: an add
+# is 1.15× as fast at 4 MiB and 1.2× at 64 MiB of output, a concat 1.05× and 1.35×.
 STREAM_BYTES = 1 << 22
-SPAN_BYTES = 1 << 17  # of the output that a task owns: some 10 µs, enough to hide handing it out
-SPAN_FLOPS = 1.5e6  # which take as long
-
+# Of the output that a task owns: some 20 µs. Half as much costs a concat 3 % more, since each task ends in a partial line.
+SPAN_BYTES = 1 << 18
+SPAN_FLOPS = 3.0e6  # which take as long
 
 Strides = tuple[int, ...]
 
@@ -126,7 +126,7 @@ def _factors(source: SourceSpec, spec: FusionSpec, rank: int) -> list[int]:
 
 @functools.lru_cache(maxsize=512)
 def add_block(
-    spec: FusionSpec, config: StreamConfig, out: tuple[int, ...], strides: tuple[tuple[int, ...], ...]
+    spec: FusionSpec, config: StreamConfig, strides: tuple[Strides, ...], out: Strides
 ) -> tuple[array[int], int]:
     """The fixed words of an add, and its number of tasks. Pure."""
     shape = spec.merged_shape or (1,)
@@ -137,9 +137,8 @@ def add_block(
         for step, source in zip(strides, spec.sources, strict=True)
     ]
     factors = [[1] * rank] + [_factors(source, spec, rank) for source in spec.sources]
-    weighted = any(source.weight == "vector" for source in spec.sources)
     channel_axis = -1
-    if weighted:
+    if any(source.weight == "vector" for source in spec.sources):
         channel_axis = rank - 1 if spec.layout == "NHWC" else 1
     space = grid(shape, steps, factors, channel_axis)
     inner, rows = space.extents[-1], math.prod(space.extents[:-1])
@@ -167,7 +166,7 @@ def add_block(
 
 def run_add(spec: FusionSpec, config: StreamConfig, operands: Operands, out: np.ndarray[Any, Any]) -> None:
     """Writes the sum of sources of one dtype to `out`."""
-    fixed, tasks = add_block(spec, config, out.strides, tuple([source.strides for source in operands.sources]))
+    fixed, tasks = add_block(spec, config, tuple([source.strides for source in operands.sources]), out.strides)
     words = fixed[:]
     depth = words[1]
     size, start = operand_words(depth), HEAD + depth
@@ -271,9 +270,8 @@ def run_concat(spec: FusionSpec, config: StreamConfig, operands: Operands, out: 
             np.copyto(out[where], source, casting="same_kind")
         else:
             alone = FusionSpec(Merge.ADD, (stated,), dtype=spec.dtype, layout=spec.layout)
-            run_add(
-                alone, config, Operands((source,), (operands.weights[j] if operands.weights else None,)), out[where]
-            )
+            weight = operands.weights[j] if operands.weights else None
+            run_add(alone, config, Operands((source,), (weight,)), out[where])
 
 
 def row_step(shape: tuple[int, ...], strides: Strides, axis: int, item: int) -> int | None:
@@ -304,12 +302,12 @@ def _kernel(name: str, merge: Merge, dtype: str | None, run: Any) -> Kernel:
         if spec.contraction is not None:
             reasons.append("the spec contracts, needs a merge alone")
         if dtype and any(kind != dtype for kind in (spec.dtype, *(source.dtype for source in spec.sources))):
-            reasons.append(
-                f"dtypes are {', '.join(source.dtype for source in spec.sources)} to {spec.dtype}, needs {dtype}"
-            )
-        for name in ("scale", "shift", "activation"):
-            if any(getattr(source, name) for source in spec.sources):
-                reasons.append(f"a source has {name}, which the tile load does not apply yet")
+            kinds = ", ".join(source.dtype for source in spec.sources)
+            reasons.append(f"dtypes are {kinds} to {spec.dtype}, needs {dtype}")
+        asked = [
+            name for name in ("scale", "shift", "activation") if any(getattr(source, name) for source in spec.sources)
+        ]
+        reasons += [f"a source has {name}, which the tile load does not apply yet" for name in asked]
         plain = spec.activation is None and all(source.is_plain for source in spec.sources)
         same = all(source.dtype == spec.dtype for source in spec.sources) and spec.dtype in COMPUTED
         if dtype is None and not plain and not (merge is Merge.CONCAT and same):

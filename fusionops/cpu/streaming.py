@@ -17,11 +17,12 @@ from fusionops.cpu.prologue import merge_rows
 from fusionops.cpu.simd import I8, I64, VECTOR_BYTES, Lanes, doubles, elements, prefetch_read, word, words
 from fusionops.cpu.transpose import stack_words
 
-# Words of an add: these, then the extents, then for each operand (output first) base, weight kind, weight, steps, factors.
+# Words of an add: these, the extents, then for each operand (output first) base, weight kind, weight, steps, factors.
 SOURCES, DEPTH, ROWS, TASK_ROWS, PIECES, PIECE, PLAIN, NONTEMPORAL, ACTIVATION, SLOPE, CHANNEL = range(11)
 HEAD = 11
-# Words of a concat: sources, rows, rows of a task, pieces of a row, whether around the caches, bytes of a staged row, rows
-# at a time, output; then for each source its address and step, where it starts in an output row, that step, bytes of a row.
+# Words of a concat: sources, rows, rows of a task, pieces of a row, whether around the caches, bytes of a staged row,
+# rows at a time, output; then for each source its address and step, where it starts in an output row, that row's step,
+# bytes of a row.
 CONCAT_HEAD, CONCAT_WORDS = 8, 5
 
 BLOCK = 1024  # elements of the buffer that a general add goes through: 4 to 8 KiB, a small part of L1
@@ -91,7 +92,7 @@ def add_run(typing, bits, to, table, sources, count, nontemporal):
 
 @inline
 def operand_offset(params, operand, row):
-    """Elements from an operand's base to the start of row `row`: the axes but the last, with upsampling by their factors."""
+    """Elements from an operand's base to the start of row `row`: all axes but the last, each repeated by its factor."""
     p = words(params)
     depth = p[DEPTH]
     here = words(params + 8 * (HEAD + depth + operand * (3 + 2 * depth) + 3))
@@ -165,11 +166,11 @@ def add_general(bits, params, row, first, count, buffer, spare):
                 kind = at.WEIGHT_SCALAR
                 weight = float(elements(bits, o[2])[weight_position(params, row)])
         source = o[0] + operand_offset(params, j, row) * item
-        here = source + first * item
+        run = source + first * item
         if step != 1 or factor != 1:
             spread(bits, spare, source, step, factor, first, count)
-            here = spare
-        merge_rows(bits, buffer, 0, here, 0, 1, count, kind, weight, weights, j > 1)
+            run = spare
+        merge_rows(bits, buffer, 0, run, 0, 1, count, kind, weight, weights, j > 1)
     out = words(params + 8 * (HEAD + depth))
     step = out[3 + depth - 1]
     to = out[0] + (operand_offset(params, 0, row) + first * step) * item
@@ -198,7 +199,7 @@ def add_task(bits: int) -> int:
         piece = index % p[PIECES]
         row0 = index // p[PIECES] * p[TASK_ROWS]
         start, end = piece * p[PIECE], min(inner, (piece + 1) * p[PIECE])
-        table, buffer, spare = stack_words(64), stack_words(1024), stack_words(1024)
+        table, buffer, spare = stack_words(MOST_IN_TABLE), stack_words(BLOCK), stack_words(BLOCK)
         for row in range(row0, min(p[ROWS], row0 + p[TASK_ROWS])):
             if p[PLAIN] and sources <= MOST_IN_TABLE:
                 for j in range(1, sources + 1):
@@ -229,12 +230,11 @@ def copy_rows(typing, to, to_step, source, step, rows, count):
             return b.add(first_to, b.mul(index, to_step)), b.add(first_source, b.mul(index, step))
 
         with b.if_else(b.icmp_signed("<", count, word(VECTOR_BYTES))) as (short, long):
-            with short:
-                with cgutils.for_range(b, rows) as r:
-                    to, source = row_of(r.index)
-                    with cgutils.for_range(b, count) as i:
-                        octet = b.load(b.inttoptr(b.add(source, i.index), I8.as_pointer()))
-                        b.store(octet, b.inttoptr(b.add(to, i.index), I8.as_pointer()))
+            with short, cgutils.for_range(b, rows) as r:
+                to, source = row_of(r.index)
+                with cgutils.for_range(b, count) as i:
+                    octet = b.load(b.inttoptr(b.add(source, i.index), I8.as_pointer()))
+                    b.store(octet, b.inttoptr(b.add(to, i.index), I8.as_pointer()))
             with long:  # a row's last vector may overlap the one before it: no loop over single bytes
                 last = b.sub(count, word(VECTOR_BYTES))
                 whole = b.sdiv(b.add(last, word(VECTOR_BYTES - 1)), word(VECTOR_BYTES))
@@ -284,7 +284,7 @@ def copy_around(to, source, count):
 
 @inline
 def concat_block(params, to, row, count, piece, pieces):
-    """Copies `count` rows of every source, or of each one of `pieces` equal parts, to the output from address `to` on."""
+    """Copies `count` rows of every source, or of each the `piece`-th of equal parts, to the output from `to` on."""
     p = words(params)
     for j in range(p[0]):
         s = words(params + 8 * (CONCAT_HEAD + j * CONCAT_WORDS))
@@ -301,8 +301,8 @@ def concat_block(params, to, row, count, piece, pieces):
 def concat_around(params, row0, row1):
     """Rows that lie side by side in the output, stored around the caches.
 
-    They are gathered in L1 first: a line stored in parts costs ten times one stored whole. What does not fill a line waits
-    for the next rows.
+    They are gathered in L1 first: a line stored in parts costs ten times one stored whole. What does not fill a line
+    waits for the next rows.
     """
     p = words(params)
     row_bytes, block = p[5], p[6]
@@ -334,7 +334,7 @@ def concat_around(params, row0, row1):
 
 @functools.cache
 def concat_task() -> int:
-    """Address of the task of a concat: a range of rows, or of each source's row one of PIECES equal parts."""
+    """Address of the task of a concat: a range of rows, and of each source's row one of equal pieces."""
 
     def concat(params, index, slot):
         p = words(params)

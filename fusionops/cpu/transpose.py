@@ -11,7 +11,7 @@ from numba.extending import intrinsic
 
 from fusionops.cpu.simd import I32, I64, VECTOR_BYTES, Lanes, word
 
-# Elements along each edge of a block: the lanes of a vector, VECTOR_BYTES / item; and int64 words of a block at most.
+# int64 words of the largest block. A block has as many vectors as a vector has lanes, which is most for float32.
 BLOCK_WORDS = VECTOR_BYTES * (VECTOR_BYTES // 4) // 8
 
 
