@@ -139,14 +139,15 @@ def conv_task(bits: int, mr: int, nv: int) -> int:
                     if is_last:
                         ask_for_output(bits, params, outs + g * mr * 8, residuals + g * mr * 8,
                                        groups[head + 4], k0, used)  # fmt: skip
-                    gemm_tile(bits, mr, nv, a, pixels + g * mr * 8, depth, r1 - r0, a_row, b_row, inner,
-                              p[at.DILATION_W] * depth, depth, run, b, sums, c0, following + g * share, step)  # fmt: skip
+                    gemm_tile(bits, mr, nv, a, pixels + g * mr * 8, depth, r1 - r0, a_row, b_row,
+                              inner, p[at.DILATION_W] * depth, depth, run, b, sums, c0,
+                              following + g * share, step)  # fmt: skip
                     if is_last:
-                        finish_tile(bits, width, params, sums, outs + g * mr * 8, residuals + g * mr * 8, copy,
+                        finish_tile(bits, params, sums, outs + g * mr * 8, residuals + g * mr * 8, copy,
                                     groups[head + 4], k0, used)  # fmt: skip
                 if is_last and p[at.OUT_K] != 1:
                     sums = scratch + p[at.AT_SUMS] + (block - block0) * count * mr * width * item
-                    scatter_tile(bits, width, params, sums, outs, count * mr, k0, used)
+                    scatter_tile(bits, params, sums, outs, count * mr, k0, used)
 
     return task(conv)
 
@@ -155,7 +156,7 @@ def conv_task(bits: int, mr: int, nv: int) -> int:
 def pack_task(bits: int) -> int:
     """Address of the task that packs one filter block: [chunk][r][s][channel][width], zero beyond the last filter.
 
-    Words: packed, filters, steps r s c k (elements), R, S, channels of a group, filters of a group, depth, width, blocks.
+    Words: packed, filters, steps r s c k (elements), R, S, channels and filters of a group, depth, width, blocks.
     """
     item = bits // 8
 

@@ -26,7 +26,7 @@ NOWHERE = -(1 << 62)  # stands for the place of a pixel that only fills up a reg
 def finish_rows(typing, bits, rows, to, places, sums, step, count, bias, residual, residual_places, activation, slope):
     """to[places[r] + i] = activation(sums[r·step + i] + bias[i] + residual[residual_places[r] + i]) for i < count.
 
-    One run of channels for each r < rows. Address 0 stands for no bias and no residual, as a table of places for r·step.
+    One run of channels for each r < rows. Address 0 stands for no bias, no residual, and for places of r·step.
     """
     if not isinstance(bits, types.IntegerLiteral):
         return None
@@ -110,10 +110,10 @@ def load_residual(bits, params, to, pixel, first, count):
 
 
 @inline
-def finish_tile(bits, width, params, sums, out_at, residual_at, copy, count, k0, channels):
+def finish_tile(bits, params, sums, out_at, residual_at, copy, count, k0, channels):
     """Finishes `count` pixels for `channels` filters from k0 on: to an output contiguous along k, else in place."""
     p = words(params)
-    item = bits // 8
+    item, width = bits // 8, p[at.WIDTH]
     bias = p[at.BIAS] + k0 * item if p[at.BIAS] != 0 else 0
     to, places = sums, 0
     if p[at.OUT_K] == 1:
@@ -131,10 +131,10 @@ def finish_tile(bits, width, params, sums, out_at, residual_at, copy, count, k0,
 
 
 @inline
-def scatter_tile(bits, width, params, sums, out_at, rows, k0, channels):
+def scatter_tile(bits, params, sums, out_at, rows, k0, channels):
     """Stores finished pixels to an output whose channels are OUT_K apart; rows that are NOWHERE are not pixels."""
     p = words(params)
-    item = bits // 8
+    item, width = bits // 8, p[at.WIDTH]
     lanes = VECTOR_BYTES // item
     offsets, step, side_by_side = words(out_at), p[at.OUT_K], p[at.OUT_Q] == 1
     block = stack_words(BLOCK_WORDS)

@@ -126,7 +126,7 @@ def entry(signature: Any, function: Callable[..., Any]) -> Callable[..., Any]:
 
 def inline(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function that kernels call; compiled into each of them, hence without a cache entry of its own."""
-    made: Callable[..., Any] = numba.njit(function, **OPTIONS)
+    made: Callable[..., Any] = numba.njit(function, no_cpython_wrapper=True, no_cfunc_wrapper=True, **OPTIONS)
     return made
 
 

@@ -95,6 +95,7 @@ def block(
     words[at.RESIDUAL_N : at.RESIDUAL_K + 1] = rest
     words[at.RESIDUAL_UP_H : at.RESIDUAL_UP_W + 1] = rest_up
     words[at.RESIDUAL_WEIGHT] = WEIGHT_KINDS[spec.residual.weight] if spec.residual else at.WEIGHT_NONE
+    words[at.WIDTH] = tiling.width
     words[at.ACTIVATION] = activation.code(spec.activation)
     if spec.activation and spec.activation.parameters:
         words.view(np.float64)[at.SLOPE] = spec.activation.parameters[0]

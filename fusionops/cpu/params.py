@@ -42,8 +42,9 @@ RESIDUAL_WEIGHT = 49  # WEIGHT_…
 RESIDUAL_FACTOR = 50  # float64 bits of a scalar, or the address of a vector
 ACTIVATION = 51
 SLOPE = 52  # float64 bits
+WIDTH = 53  # elements of a row of sums; a word, so that the epilogue is compiled once for all register tiles
 
-SOURCES = 56  # words 53 to 55 are free
+SOURCES = 56  # the words between are free
 SOURCE_WORDS = 12  # the last one is free
 S_BASE, S_N, S_H, S_W, S_C = 0, 1, 2, 3, 4
 S_UP_H, S_UP_W = 5, 6

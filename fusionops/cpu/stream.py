@@ -37,11 +37,11 @@ from fusionops.device import CpuDevice
 from fusionops.kernel import Kernel, Operands
 from fusionops.spec import ITEM_BYTES, Direction, FusionSpec, Merge, SourceSpec
 
-# Bytes of output from which on it is stored around the caches: it does not fit the L2 of the core that wrote it, and a
-# store through the caches first reads the line. Measured on two AVX-512 cores, median of 7 interleaved rounds: an add
+# Outputs from this many bytes on are stored around the caches: they do not fit the L2 of the core that wrote them, and
+# a store through the caches first reads the line. Measured on two AVX-512 cores, median of 7 interleaved rounds: an add
 # is 1.15× as fast at 4 MiB and 1.2× at 64 MiB of output, a concat 1.05× and 1.35×.
 STREAM_BYTES = 1 << 22
-# Of the output that a task owns: some 20 µs. Half as much costs a concat 3 % more, since each task ends in a partial line.
+# Of the output that a task owns: some 20 µs. Half as much costs a concat 3 % more: each task ends in a partial line.
 SPAN_BYTES = 1 << 18
 SPAN_FLOPS = 3.0e6  # which take as long
 
