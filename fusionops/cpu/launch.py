@@ -158,21 +158,38 @@ def filter_words(spec: FusionSpec, tiling: ConvTiling, strides: Strides) -> list
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """All of a call that its arrays' addresses do not decide."""
+    """All of a call that its arrays' addresses do not decide.
 
-    block: Block
+    in_order   whether filters of these strides are what packing them would give
+    """
+
     words: array[int]
     task: int
+    tasks: int
+    flops_per_task: float
     slot_bytes: int
+    in_order: bool
 
 
 @functools.lru_cache(maxsize=512)
 def prepare(
-    spec: FusionSpec, tiling: ConvTiling, sources: tuple[Strides, ...], out: Strides, residual: Strides | None
+    spec: FusionSpec,
+    tiling: ConvTiling,
+    sources: tuple[Strides, ...],
+    filters: Strides | None,
+    out: Strides,
+    residual: Strides | None,
 ) -> Prepared:
+    """The fixed words with the machine code they are for; filters None stands for packed ones."""
     fixed = block(spec, tiling, sources, out, residual)
-    task = conv.conv_task(tiling.bits, tiling.mr, tiling.nv)
-    return Prepared(fixed, array("q", fixed.words.tobytes()), task, int(fixed.words[at.SCRATCH_BYTES]))
+    return Prepared(
+        words=array("q", fixed.words.tobytes()),
+        task=conv.conv_task(tiling.bits, tiling.mr, tiling.nv),
+        tasks=fixed.tasks,
+        flops_per_task=fixed.flops_per_task,
+        slot_bytes=int(fixed.words[at.SCRATCH_BYTES]),
+        in_order=filters is not None and is_packed(spec, tiling, filters),
+    )
 
 
 @functools.lru_cache(maxsize=512)
@@ -185,7 +202,6 @@ def prepare_packing(spec: FusionSpec, tiling: ConvTiling, strides: Strides) -> t
     )
 
 
-@functools.lru_cache(maxsize=512)
 def is_packed(spec: FusionSpec, tiling: ConvTiling, strides: Strides) -> bool:
     """Whether filters of these strides lie in the order of the task already: one block, one chunk, channels last."""
     whole = tiling.chunks == 1 and spec.conv.groups == 1 and tiling.width == spec.conv.K
@@ -207,19 +223,24 @@ PACKING_FLOPS = 32.0  # what computes as long as one element is copied: 4 bytes 
 
 def run(spec: FusionSpec, tiling: ConvTiling, operands: Operands, out: np.ndarray[Any, Any]) -> None:
     """Writes the result of a contraction to `out`."""
-    residual, filters = operands.residual, operands.filters
-    assert filters is not None
-    strides = tuple([source.strides for source in operands.sources])
-    prepared = prepare(spec, tiling, strides, out.strides, None if residual is None else residual.strides)
-    words = prepared.words[:]
-    count = threads.get_num_threads()
+    residual = operands.residual
+    filters: Any = operands.filters
+    is_kept = isinstance(filters, Filters)
+    prepared = prepare(
+        spec,
+        tiling,
+        tuple([source.strides for source in operands.sources]),
+        None if is_kept else filters.strides,
+        out.strides,
+        None if residual is None else residual.strides,
+    )
+    words, count = prepared.words[:], threads.get_num_threads()
     slots_bytes = prepared.slot_bytes * count
-    if isinstance(filters, Filters):
+    packed = 0
+    if is_kept:
         packed = _kept(spec, tiling, filters).start
-    elif is_packed(spec, tiling, filters.strides):
+    elif prepared.in_order:
         packed = address(filters)
-    else:
-        packed = 0
     area = WORKSPACE.borrow(slots_bytes if packed else slots_bytes + tiling.shared_bytes)
     try:
         if not packed:
@@ -239,8 +260,7 @@ def run(spec: FusionSpec, tiling: ConvTiling, operands: Operands, out: np.ndarra
         for j, weight in enumerate(operands.weights):
             if weight is not None:
                 words[at.SOURCES + at.SOURCE_WORDS * j + at.S_FACTOR] = weight_word(weight)
-        fixed = prepared.block
-        threads.parallel_for(prepared.task, words.buffer_info()[0], fixed.tasks, count, fixed.flops_per_task)
+        threads.parallel_for(prepared.task, words.buffer_info()[0], prepared.tasks, count, prepared.flops_per_task)
     finally:
         WORKSPACE.give_back(area)
 

@@ -18,8 +18,7 @@ from typing import Any
 import numpy as np
 
 from fusionops.cpu import activation, threads
-from fusionops.cpu import params as at
-from fusionops.cpu.launch import weight_word
+from fusionops.cpu.launch import WEIGHT_KINDS, weight_word
 from fusionops.cpu.memory import address
 from fusionops.cpu.simd import COMPUTED
 from fusionops.cpu.streaming import (
@@ -156,10 +155,9 @@ def add_block(
     words[:HEAD] = [len(spec.sources), depth, rows, task_rows, pieces, piece, int(plain), int(config.nontemporal),
                     activation.code(spec.activation), weight_word(slope), space.channel]  # fmt: skip
     words[HEAD : HEAD + depth] = space.extents
-    kinds = {None: at.WEIGHT_NONE, "scalar": at.WEIGHT_SCALAR, "vector": at.WEIGHT_VECTOR}
     for j, (step, factor) in enumerate(zip(space.steps, space.factors, strict=True)):
         start = HEAD + depth + size * j
-        kind = kinds[spec.sources[j - 1].weight] if j else at.WEIGHT_NONE
+        kind = WEIGHT_KINDS[spec.sources[j - 1].weight if j else None]
         words[start : start + size] = [0, kind, 0, *step, *factor]
     return array("q", words.tobytes()), -(-rows // task_rows) * pieces
 
