@@ -12,7 +12,7 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from fusionops.errors import SpecError
-from fusionops.spec import ITEM_BYTES, FusionSpec, Merge, SourceSpec
+from fusionops.spec import ITEM_BYTES, Dense, FusionSpec, Layout, Merge, SourceSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,8 +209,8 @@ def _params(spec: FusionSpec) -> int:
 
 
 def _source_params(spec: FusionSpec, source: SourceSpec) -> int:
-    axis = -1 if spec.contraction is None else spec.channel_axis  # vectors run along the last axis of a plain merge
-    channels = source.shape[axis] if source.shape else 1
+    channels_last = spec.layout is Layout.NHWC or isinstance(spec.contraction, Dense)
+    channels = source.shape[-1 if channels_last else 1] if source.shape else 1
     weight = {None: 0, "scalar": 1, "vector": channels}[source.weight]
     return weight + (source.scale + source.shift) * channels
 

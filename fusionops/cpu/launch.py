@@ -25,10 +25,13 @@ from fusionops.spec import Conv2d, Dense, FusionSpec, Layout, Merge, SourceSpec
 AREAS = (at.AT_SUMS, at.AT_PIXELS, at.AT_OUT, at.AT_RESIDUAL, at.AT_GROUPS, at.AT_COPY)
 WEIGHT_KINDS = {None: at.WEIGHT_NONE, "scalar": at.WEIGHT_SCALAR, "vector": at.WEIGHT_VECTOR}
 
-Strides = tuple[int, ...]
+Strides = tuple[int, ...]  # in bytes, as arrays have them
+Steps = tuple[int, int, int, int]  # along N, H, W, C in elements
+
+PACKING_FLOPS = 32.0  # what computes as long as one element is packed: 4 bytes at 16 GB/s against 120 GFLOP/s
 
 
-def map_strides(strides: Strides, item: int, spec: FusionSpec) -> tuple[int, int, int, int]:
+def map_strides(strides: Strides, item: int, spec: FusionSpec) -> Steps:
     """Steps along N, H, W, C in elements; a Dense has its rows along W."""
     steps = [step // item for step in strides]
     if isinstance(spec.contraction, Dense):
@@ -46,7 +49,8 @@ class Block:
     flops_per_task: float
 
 
-def _source_words(spec: FusionSpec, source: SourceSpec, steps: Strides, first: int) -> list[int]:
+def _source_words(spec: FusionSpec, source: SourceSpec, steps: Steps, first: int) -> list[int]:
+    """The words of one source, whose channels start at `first` in a concatenation."""
     channels = source.shape[spec.channel_axis]
     return [0, *steps, *source.upsample, channels, first, WEIGHT_KINDS[source.weight], 0, 0]
 
@@ -59,14 +63,14 @@ def block(
     N, H, W, P, Q = spec.N, spec.H, spec.W, spec.P, spec.Q
     sources = [map_strides(steps, item, spec) for steps in strides]
     to = map_strides(out, item, spec)
-    rest = map_strides(residual, item, spec) if residual is not None else (0, 0, 0, 0)
-    rest_up = spec.residual.upsample if spec.residual else (1, 1)
+    residual_steps = map_strides(residual, item, spec) if residual is not None else (0, 0, 0, 0)
+    residual_up = spec.residual.upsample if spec.residual else (1, 1)
     tile_p, tile_q = tiling.tile_p, tiling.tile_q
     stride, padding = conv2d.stride, conv2d.padding
     if is_pointwise(conv2d):
         sources, stride, (H, W) = _without_stride(sources, spec, stride, (H, W))
-        if stride == (1, 1) and rest_up == (1, 1) and all(s.upsample == (1, 1) for s in spec.sources):
-            (N, P, Q), sources, to, rest = _flattened((N, P, Q), sources, to, rest)
+        if stride == (1, 1) and residual_up == (1, 1) and all(s.upsample == (1, 1) for s in spec.sources):
+            (N, P, Q), sources, to, residual_steps = _flattened((N, P, Q), sources, to, residual_steps)
             H, W = P, Q
         tile_p, tile_q = _same_area(tile_p * tile_q, P, Q) if stride == (1, 1) else (min(tile_p, P), min(tile_q, Q))
     words = np.zeros(at.SOURCES + at.SOURCE_WORDS * len(sources), np.int64)
@@ -79,21 +83,13 @@ def block(
         conv2d.groups, spec.merge is Merge.ADD, len(sources),
     ]  # fmt: skip
     words[at.TILE_P : at.COLS + 1] = [
-        tile_p,
-        tile_q,
-        tiles_p,
-        tiles_q,
-        tiling.depth,
-        tiling.blocks,
-        tiling.task_blocks,
-        rows,
-        cols,
-    ]
+        tile_p, tile_q, tiles_p, tiles_q, tiling.depth, tiling.blocks, tiling.task_blocks, rows, cols,
+    ]  # fmt: skip
     words[at.SCRATCH_BYTES] = -(-tiling.scratch_bytes // ALIGNMENT) * ALIGNMENT
     words[list(AREAS)] = np.cumsum(tiling.areas)[:-1]
     words[at.OUT_N : at.OUT_K + 1] = to
-    words[at.RESIDUAL_N : at.RESIDUAL_K + 1] = rest
-    words[at.RESIDUAL_UP_H : at.RESIDUAL_UP_W + 1] = rest_up
+    words[at.RESIDUAL_N : at.RESIDUAL_K + 1] = residual_steps
+    words[at.RESIDUAL_UP_H : at.RESIDUAL_UP_W + 1] = residual_up
     words[at.RESIDUAL_WEIGHT] = WEIGHT_KINDS[spec.residual.weight] if spec.residual else at.WEIGHT_NONE
     words[at.WIDTH] = tiling.width
     words[at.ACTIVATION] = activation.code(spec.activation)
@@ -111,9 +107,6 @@ def block(
 def is_pointwise(conv2d: Conv2d) -> bool:
     """A 1×1 filter without padding: pixels have no neighbours."""
     return (conv2d.R, conv2d.S) == (1, 1) and conv2d.padding == ((0, 0), (0, 0))
-
-
-Steps = tuple[int, int, int, int]
 
 
 def _without_stride(
@@ -216,9 +209,6 @@ def pack(spec: FusionSpec, tiling: ConvTiling, filters: Any, packed: int) -> Non
     words[0], words[1] = packed, address(filters)
     flops = PACKING_FLOPS * tiling.packed_elements / tasks
     threads.parallel_for(task, words.buffer_info()[0], tasks, threads.get_num_threads(), flops)
-
-
-PACKING_FLOPS = 32.0  # what computes as long as one element is copied: 4 bytes at 16 GB/s against 120 GFLOP/s
 
 
 def run(spec: FusionSpec, tiling: ConvTiling, operands: Operands, out: np.ndarray[Any, Any]) -> None:

@@ -14,6 +14,7 @@ from fusionops.device import CpuDevice
 from fusionops.spec import ITEM_BYTES, FusionSpec, filter_reach
 
 WORD_BYTES = 8
+SCRATCH_LIMIT = 4 * 1024 * 1024  # bytes a thread may use beside operands: what the documentation promises
 GROUP_WORDS = 5  # of a group of mr pixels that share their taps: r from, to; s from, to; pixels in use
 
 # Pixels of an output tile. Fewer, and the filters stream from the last-level cache too often; more, and the tile of a
@@ -38,9 +39,11 @@ class ConvTiling:
 
     bits, mr, nv   element width and register tile: mr pixels × nv vectors
     tile_p, tile_q   output tile
-    depth          channels of one group that are summed at a time
+    rows, cols     of the merged map that an output tile reads
+    depth, chunks  channels of one group that are summed at a time, and how many times that is
     blocks         filter blocks of nv vectors in a group; task_blocks of them to a task
     groups_of_pixels   at most so many register tiles in an output tile
+    packed_elements    of the packed filters
     """
 
     bits: int
@@ -107,9 +110,6 @@ class ConvTiling:
         if self.scratch_bytes > SCRATCH_LIMIT:
             reasons.append(f"needs {self.scratch_bytes} B of scratch a thread, the limit is {SCRATCH_LIMIT} B")
         return tuple(reasons)
-
-
-SCRATCH_LIMIT = 4 * 1024 * 1024
 
 
 def register_tiles(device: CpuDevice) -> tuple[tuple[int, int], ...]:
