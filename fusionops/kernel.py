@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from threading import Lock
 from typing import Any, Protocol
 
 from fusionops.spec import FusionSpec, Layout
@@ -38,7 +37,6 @@ class Filters:
         self.array.flags.writeable = False
         self.layout = layout
         self._packed: dict[object, Array] = {}
-        self._lock = Lock()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -48,11 +46,8 @@ class Filters:
         """The array in the order that `key` stands for, made by `pack` the first time it is asked for."""
         try:
             return self._packed[key]
-        except KeyError:
-            with self._lock:
-                if key not in self._packed:
-                    self._packed[key] = pack(self.array)
-                return self._packed[key]
+        except KeyError:  # two threads may both pack; no lock, which a forked child might find taken
+            return self._packed.setdefault(key, pack(self.array))
 
     def __repr__(self) -> str:
         return f"Filters({self.array.shape} {self.array.dtype} {self.layout}, packed {len(self._packed)} ways)"

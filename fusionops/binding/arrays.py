@@ -72,12 +72,12 @@ class Intake:
             self._reject_dtype(name, value, array.dtype)
         if not isinstance(value, (np.ndarray, np.generic)):
             self.copies += (f"{name}: a {type(value).__name__}, converted to an array",)
-        self.unsettled = self.unsettled or not _is_settled(array)
+        self.unsettled = self.unsettled or not is_settled(array)
         return array
 
     def settle(self, name: str, array: Array) -> Array:
         """`array` as kernels take it: native byte order and strides of whole items; a copy where it is not."""
-        if _is_settled(array):
+        if is_settled(array):
             return array
         reason = "strides are not whole items" if array.dtype.isnative else "byte order is not this machine's"
         self.copies += (f"{name}: {reason}",)
@@ -123,7 +123,8 @@ def is_floating(dtype: DType) -> bool:
     return dtype.name in FLOATS
 
 
-def _is_settled(array: Array) -> bool:
+def is_settled(array: Array) -> bool:
+    """Whether a kernel can walk through `array`: native byte order, strides of whole items."""
     steps = zip(array.shape, array.strides, strict=True)
     return array.dtype.isnative and not any(step % array.itemsize for extent, step in steps if extent > 1)
 

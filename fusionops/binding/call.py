@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from fusionops.binding.arrays import Array, DType, Shape
+from fusionops.binding.arrays import Array, DType, Shape, is_settled
 from fusionops.binding.messages import Labelled, complaint, spelled
 from fusionops.errors import SpecError, SpecTypeError
 from fusionops.kernel import Operands
@@ -98,7 +98,9 @@ def bound(
     """
     target = None
     if out is not None:
-        if _overlaps_input(out, operands, elementwise):
+        if not is_settled(out):
+            copies += ("out: its strides are not whole items, so the result is computed elsewhere and copied",)
+        elif _overlaps_input(out, operands, elementwise):
             copies += ("out: its memory overlaps an input's, so the result is computed elsewhere and copied",)
         else:
             target = out if type(out) is np.ndarray else np.asarray(out)

@@ -90,7 +90,7 @@ def activation(op: str, name: str, value: Any) -> Activation | None:
     slope = number(op, f"the slope of {name}", value[1])
     if not np.isfinite(slope):
         raise SpecError(complaint(op, f"the slope of {name} is {slope}, needs a finite number"))
-    return Activation("leaky_relu", (slope,))
+    return Activation("leaky_relu", (slope + 0.0,))  # −0 and 0 are one slope
 
 
 def number(op: str, name: str, value: Any) -> float:

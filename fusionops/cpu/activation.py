@@ -72,7 +72,7 @@ def tanh(v: Lanes, x: ir.Value) -> ir.Value:
     near = v.multiply_add(b.fmul(x, square), v.polynomial(square, TANH), x)
     one = v.constant(1.0)
     far = b.fsub(one, b.fdiv(v.constant(2.0), b.fadd(exp(v, b.fadd(size, size)), one)))
-    return b.select(v.below(size, v.constant(0.625)), near, v.copysign(far, x))
+    return v.copysign(b.select(v.below(size, v.constant(0.625)), near, far), x)  # −0 stays −0
 
 
 def gelu(v: Lanes, x: ir.Value) -> ir.Value:

@@ -47,6 +47,9 @@ def group_pixels(params, scratch, mr, n, p0, p1, q0, q1):
     pixels, groups = words(scratch + p[at.AT_PIXELS]), words(scratch + p[at.AT_GROUPS])
     outs, residuals = words(scratch + p[at.AT_OUT]), words(scratch + p[at.AT_RESIDUAL])
     stride_h, stride_w, dilation_h, dilation_w = p[at.STRIDE_H], p[at.STRIDE_W], p[at.DILATION_H], p[at.DILATION_W]
+    # A loaded tile begins where the map does at the latest; a pixel's tap 0 may lie before that.
+    origin_h = p[at.PAD_TOP] + max(0, p0 * stride_h - p[at.PAD_TOP])
+    origin_w = p[at.PAD_LEFT] + max(0, q0 * stride_w - p[at.PAD_LEFT])
     has_residual = p[at.RESIDUAL] != 0
     count = 0
     row = p0
@@ -68,7 +71,7 @@ def group_pixels(params, scratch, mr, n, p0, p1, q0, q1):
                 for i in range(mr):
                     slot = count * mr + i
                     if i < used:
-                        pixels[slot] = (out_p - p0) * stride_h * p[at.COLS] + (out_q - q0) * stride_w
+                        pixels[slot] = (out_p * stride_h - origin_h) * p[at.PITCH] + out_q * stride_w - origin_w
                         outs[slot] = n * p[at.OUT_N] + out_p * p[at.OUT_P] + out_q * p[at.OUT_Q]
                         if has_residual:
                             residuals[slot] = (n * p[at.RESIDUAL_N] + out_p // p[at.RESIDUAL_UP_H] * p[at.RESIDUAL_P]
@@ -129,10 +132,10 @@ def conv_task(bits: int, mr: int, nv: int) -> int:
                 for g in range(count):
                     head = g * GROUP_WORDS
                     r0, r1, s0, s1 = groups[head], groups[head + 1], groups[head + 2], groups[head + 3]
-                    a = scratch + (r0 * p[at.DILATION_H] * p[at.COLS] + s0 * p[at.DILATION_W]) * depth * item
+                    a = scratch + (r0 * p[at.DILATION_H] * p[at.PITCH] + s0 * p[at.DILATION_W]) * depth * item
                     b = panel + (r0 * p[at.S] + s0) * depth * width * item
                     sums = scratch + p[at.AT_SUMS] + ((block - block0) * count + g) * mr * width * item
-                    a_row, b_row = p[at.DILATION_H] * p[at.COLS] * depth, p[at.S] * depth
+                    a_row, b_row = p[at.DILATION_H] * p[at.PITCH] * depth, p[at.S] * depth
                     inner, run = s1 - s0, depth
                     if dense_rows:  # neighbouring taps are neighbours in the tile and in the panel: one longer run
                         inner, run = 1, (s1 - s0) * depth

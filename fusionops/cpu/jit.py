@@ -98,7 +98,11 @@ def _compile(make: Callable[[bool], T]) -> T:
                 LOG.warning("the kernel cache %s is damaged and is rebuilt: %s", directory, error)
                 shutil.rmtree(directory, ignore_errors=True)
                 Path(directory).mkdir(parents=True, exist_ok=True)
+            try:
                 return make(True)
+            except CACHE_ERRORS as error:  # a full disk, say: what cannot be kept can still be run
+                LOG.warning("kernels cannot be kept in %s: %s", directory, error)
+                return make(False)
 
 
 def task(function: Callable[[int, int, int], None]) -> int:

@@ -20,7 +20,7 @@ from fusionops.cpu import params as at
 from fusionops.cpu.memory import ALIGNMENT, WORKSPACE, Area, address, allocate
 from fusionops.cpu.tiling import ConvTiling
 from fusionops.kernel import Filters, Operands
-from fusionops.spec import Conv2d, Dense, FusionSpec, Layout, Merge, SourceSpec
+from fusionops.spec import Conv2d, Dense, FusionSpec, Layout, Merge, SourceSpec, filter_reach
 
 AREAS = (at.AT_SUMS, at.AT_PIXELS, at.AT_OUT, at.AT_RESIDUAL, at.AT_GROUPS, at.AT_COPY)
 WEIGHT_KINDS = {None: at.WEIGHT_NONE, "scalar": at.WEIGHT_SCALAR, "vector": at.WEIGHT_VECTOR}
@@ -75,9 +75,8 @@ def block(
         tile_p, tile_q = _same_area(tile_p * tile_q, P, Q) if stride == (1, 1) else (min(tile_p, P), min(tile_q, Q))
     words = np.zeros(at.SOURCES + at.SOURCE_WORDS * len(sources), np.int64)
     tiles_p, tiles_q = -(-P // tile_p), -(-Q // tile_q)
-    rows, cols = (tile_p - 1) * stride[0] + 1, (tile_q - 1) * stride[1] + 1
-    if not is_pointwise(conv2d):
-        rows, cols = tiling.rows, tiling.cols
+    rows = (tile_p - 1) * stride[0] + filter_reach(conv2d.R, conv2d.dilation[0])
+    cols = (tile_q - 1) * stride[1] + filter_reach(conv2d.S, conv2d.dilation[1])
     words[: at.SOURCE_COUNT + 1] = [
         N, H, W, spec.C, conv2d.K, conv2d.R, conv2d.S, P, Q, *stride, padding[0][0], padding[1][0], *conv2d.dilation,
         conv2d.groups, spec.merge is Merge.ADD, len(sources),
@@ -91,7 +90,7 @@ def block(
     words[at.RESIDUAL_N : at.RESIDUAL_K + 1] = residual_steps
     words[at.RESIDUAL_UP_H : at.RESIDUAL_UP_W + 1] = residual_up
     words[at.RESIDUAL_WEIGHT] = WEIGHT_KINDS[spec.residual.weight] if spec.residual else at.WEIGHT_NONE
-    words[at.WIDTH] = tiling.width
+    words[at.WIDTH], words[at.PITCH] = tiling.width, min(cols, W)
     words[at.ACTIVATION] = activation.code(spec.activation)
     if spec.activation and spec.activation.parameters:
         words.view(np.float64)[at.SLOPE] = spec.activation.parameters[0]

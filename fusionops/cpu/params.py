@@ -23,7 +23,7 @@ TILES_P, TILES_Q = 20, 21
 DEPTH = 22  # merged channels of one group that are loaded and summed at a time
 BLOCKS = 23  # filter blocks of nv vectors in one group
 TASK_BLOCKS = 24  # of which one task computes this many
-ROWS, COLS = 25, 26  # input rows and columns that a tile reads
+ROWS, COLS = 25, 26  # of the merged map that a tile's taps span, in the map and beyond it
 
 # Where things are
 SCRATCH = 27  # the slots, one after the other
@@ -42,6 +42,7 @@ RESIDUAL_WEIGHT = 49  # WEIGHT_…
 RESIDUAL_FACTOR = 50  # float64 bits of a scalar, or the address of a vector
 ACTIVATION = 51
 SLOPE = 52  # float64 bits
+PITCH = 54  # columns of a loaded tile: no more than the map has
 WIDTH = 53  # elements of a row of sums; a word, so that the epilogue is compiled once for all register tiles
 
 SOURCES = 56  # the words between are free

@@ -110,12 +110,8 @@ def copy_bandwidth(threads_used: int, nbytes: int, seconds: float = 0.2) -> floa
     out = np.empty_like(x)
     spec = FusionSpec(Merge.ADD, (SourceSpec(x.shape, "float32"),))
     config = stream.plan(spec, device())
-    before = threads.get_num_threads()
-    threads.set_num_threads(threads_used)
-    try:
+    with threads.num_threads(threads_used):
         return 2.0 * x.nbytes / _best(lambda: stream.run_add(spec, config, Operands((x,), (None,)), out), seconds)
-    finally:
-        threads.set_num_threads(before)
 
 
 def _best(run: Callable[[], None], seconds: float) -> float:

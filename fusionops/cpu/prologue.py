@@ -160,10 +160,10 @@ def merge_line(
 
 @inline
 def load_tile(bits, params, to, n, h0, w0, c0, depth):
-    """to[h - h0][w - w0][c - c0] = merged[n, h, w, c] for the tile's rows and columns that lie inside the map."""
+    """to[h - max(h0, 0)][w - max(w0, 0)][c - c0] = merged[n, h, w, c], for rows and columns that lie inside the map."""
     p = words(params)
     item = bits // 8
-    rows, cols, is_add = p[at.ROWS], p[at.COLS], p[at.IS_ADD]
+    rows, cols, pitch, is_add = p[at.ROWS], p[at.COLS], p[at.PITCH], p[at.IS_ADD]
     h_from, h_to = max(h0, 0), min(h0 + rows, p[at.H])
     w_from, w_to = max(w0, 0), min(w0 + cols, p[at.W])
     if w_from >= w_to:
@@ -187,7 +187,7 @@ def load_tile(bits, params, to, n, h0, w0, c0, depth):
             if step_w == count and h + up_h < h_to:  # the next row, whose start no hardware prefetcher guesses
                 ahead = base + ((h + up_h) // up_h * s[at.S_H] + w_from // up_w * step_w) * item
                 prefetch_read(ahead, (w_to - w_from) // up_w * count * item)
-            line = to + (((h - h0) * cols + (w_from - w0)) * depth + (c_from - c0)) * item
+            line = to + ((h - h_from) * pitch * depth + c_from - c0) * item
             merge_line(bits, line, depth, base + (h // up_h) * s[at.S_H] * item, step_w, s[at.S_C], p[at.W] // up_w,
                        w_from, w_to, up_w, count, weight, factor, weights, is_add and j > 0)  # fmt: skip
 

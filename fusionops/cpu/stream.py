@@ -240,7 +240,7 @@ def concat_plan(spec: FusionSpec, config: StreamConfig, strides: tuple[Strides, 
     span_bytes = config.span * item
     pieces = max(1, min(max((span[-1] for span in spans), default=1), total // span_bytes))
     task_rows = max(1, span_bytes // max(1, total))
-    covers = not others and all(to_step == total for _, _, _, to_step, _ in spans)
+    covers = not others and row_step(spec.out_shape, out, axis, item) == total
     staged = total if config.nontemporal and covers and total < LONG_BYTES else 0
     block = max(1, (STAGE_BYTES if staged else BLOCK_BYTES) // max(1, total))
     words = [len(spans), rows, task_rows, pieces, int(config.nontemporal), staged, block]

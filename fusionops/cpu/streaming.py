@@ -75,7 +75,10 @@ def add_run(typing, bits, to, table, sources, count, nontemporal):
                 span(b.add(start, b.mul(b.add(done, i.index), word(lanes.count))), 1, None, store)
             return b.add(start, b.mul(whole, word(lanes.count)))
 
-        with b.if_else(b.icmp_signed("!=", nontemporal, word(0))) as (around, through):
+        # An array that starts between two multiples of its item size has no aligned vector.
+        off = b.and_(address, word(lanes.item_bytes - 1))
+        goes_around = b.and_(b.icmp_signed("!=", nontemporal, word(0)), b.icmp_signed("==", off, word(0)))
+        with b.if_else(goes_around) as (around, through):
             with around:  # stores around the caches need whole, aligned vectors: a masked one goes first
                 ahead = b.sdiv(b.and_(b.neg(address), word(VECTOR_BYTES - 1)), word(lanes.item_bytes))
                 head = b.select(b.icmp_signed("<", ahead, count), ahead, count)

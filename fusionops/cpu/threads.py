@@ -3,7 +3,7 @@
     for index in range(tasks): task(params, index, slot)
 
 `slot` numbers the threads of one launch and picks scratch memory. The caller works too, and waits only for tasks that
-another thread has begun: a worker that the system does not schedule costs nothing. Why it is not one of numba's layers:
+another thread has begun: a worker that the system has not scheduled by then costs nothing. Why not numba's layers:
 `docs/decisions/0002-a-thread-pool-of-our-own.md`.
 """
 
@@ -12,10 +12,12 @@ from __future__ import annotations
 import atexit
 import ctypes
 import functools
+import logging
 import os
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numba
@@ -29,13 +31,16 @@ from fusionops.cpu import jit
 from fusionops.cpu.memory import address
 from fusionops.cpu.simd import I32, I64, words
 
+LOG = logging.getLogger(__name__)
+
 # Words of a pool, each at the start of a cache line of its own where two threads write.
 OPEN = 0  # 1 while the tasks of a launch may be taken
 ACTIVE = 8  # workers that may be looking at the launch
 NEXT = 16  # the task that is handed out next
 TASK, PARAMS, LAST, SLOTS = 24, 25, 26, 27  # of the launch
+TAKEN = 48  # slots that threads of the launch have taken
 STOP = 32  # 1 when the process ends
-BELL = 40  # a POSIX semaphore that wakes the workers
+BELL = 40  # a POSIX semaphore that wakes a worker at each post, whichever it is
 POOL_WORDS = 64
 
 # How often a worker asks for the next launch before it sleeps, yielding in between: some 50 µs, in which calls that
@@ -105,7 +110,7 @@ def _serial(function, params, first, last):
         call_task(function, params, index, 0)
 
 
-def _work(pool, slot):
+def _work(pool):
     """A worker's life: sleep, look whether a launch is open, take its tasks."""
     p = words(pool)
     bell = pool + 8 * BELL
@@ -120,11 +125,13 @@ def _work(pool, slot):
         if fetch_add(pool + 8 * STOP, 0) != 0:
             return
         fetch_add(pool + 8 * ACTIVE, 1)  # before looking: who closes a launch waits for all who may have seen it open
-        if fetch_add(pool + 8 * OPEN, 0) != 0 and slot < p[SLOTS]:
-            index = fetch_add(pool + 8 * NEXT, 1)
-            while index < p[LAST]:
-                call_task(p[TASK], p[PARAMS], index, slot)
+        if fetch_add(pool + 8 * OPEN, 0) != 0:
+            slot = fetch_add(pool + 8 * TAKEN, 1)
+            if slot < p[SLOTS]:
                 index = fetch_add(pool + 8 * NEXT, 1)
+                while index < p[LAST]:
+                    call_task(p[TASK], p[PARAMS], index, slot)
+                    index = fetch_add(pool + 8 * NEXT, 1)
         fetch_add(pool + 8 * ACTIVE, -1)
 
 
@@ -133,6 +140,7 @@ def _launch(pool, function, params, first, last, slots):
     p = words(pool)
     p[TASK], p[PARAMS], p[LAST], p[SLOTS] = function, params, last, slots
     exchange(pool + 8 * NEXT, first)
+    exchange(pool + 8 * TAKEN, 1)  # 0 is the caller's
     exchange(pool + 8 * OPEN, 1)
     for _ in range(slots - 1):
         sem_post(pool + 8 * BELL)
@@ -152,7 +160,7 @@ def _serial_entry() -> Callable[..., None]:
 
 @functools.cache
 def _work_entry() -> Callable[..., None]:
-    return jit.entry(types.void(*[types.int64] * 2), _work)
+    return jit.entry(types.void(types.int64), _work)
 
 
 @functools.cache
@@ -173,13 +181,15 @@ class Pool:
         ctypes.CDLL(None).sem_init(ctypes.c_void_p(self.address + 8 * BELL), 0, 0)
 
     def grow(self, count: int) -> None:
-        """Makes sure that there are `count` workers; slot 0 is the caller's."""
+        """Makes sure that there are `count` workers, or as many as the system allows: fewer only take longer."""
         while len(self.workers) < count:
-            slot = len(self.workers) + 1
-            worker = threading.Thread(
-                target=_work_entry(), args=(self.address, slot), name=f"fusionops-{slot}", daemon=True
-            )
-            worker.start()
+            name = f"fusionops-{len(self.workers) + 1}"
+            worker = threading.Thread(target=_work_entry(), args=(self.address,), name=name, daemon=True)
+            try:
+                worker.start()
+            except RuntimeError as error:
+                LOG.info("no more than %d threads: %s", len(self.workers) + 1, error)
+                return
             self.workers.append(worker)
 
     def stop(self) -> None:
@@ -242,6 +252,17 @@ def set_num_threads(count: int) -> None:
 
 def get_num_threads() -> int:
     return _requested if _requested is not None else available_threads()
+
+
+@contextmanager
+def num_threads(count: int) -> Iterator[None]:
+    """set_num_threads for the body of a with statement."""
+    global _requested
+    before, _requested = _requested, count
+    try:
+        yield
+    finally:
+        _requested = before
 
 
 def parallel_for(task: int, params: int, tasks: int, threads: int, flops_per_task: float) -> None:

@@ -39,7 +39,7 @@ class ConvTiling:
 
     bits, mr, nv   element width and register tile: mr pixels × nv vectors
     tile_p, tile_q   output tile
-    rows, cols     of the merged map that an output tile reads
+    rows, cols     of the merged map that an output tile loads
     depth, chunks  channels of one group that are summed at a time, and how many times that is
     blocks         filter blocks of nv vectors in a group; task_blocks of them to a task
     groups_of_pixels   at most so many register tiles in an output tile
@@ -160,19 +160,28 @@ def plan(spec: FusionSpec, device: CpuDevice, *, flat: bool = False) -> ConvTili
 
     depth = balanced(group_channels, max(16, device.l2_bytes // FILTER_SHARE // (conv.R * conv.S * width * item)))
     while True:
-        tiling = _with_tile(spec, mr, nv, tile_p, tile_q, depth, blocks, task_blocks)
+        tiling = _with_tile(spec, mr, nv, tile_p, tile_q, depth, blocks, task_blocks, flat=flat)
         if tiling.scratch_bytes <= SCRATCH_LIMIT * 3 // 4 or (tile_p, tile_q) == (1, 1):
             break
         # A tile this large comes from a far-reaching filter: fewer pixels first, so that the order of sums stays.
         tile_p, tile_q = (-(-tile_p // 2), tile_q) if tile_p >= tile_q else (tile_p, -(-tile_q // 2))
     while tiling.scratch_bytes > SCRATCH_LIMIT and depth > 1:
         depth = -(-depth // 2)
-        tiling = _with_tile(spec, mr, nv, tile_p, tile_q, depth, blocks, task_blocks)
+        tiling = _with_tile(spec, mr, nv, tile_p, tile_q, depth, blocks, task_blocks, flat=flat)
     return tiling
 
 
 def _with_tile(
-    spec: FusionSpec, mr: int, nv: int, tile_p: int, tile_q: int, depth: int, blocks: int, task_blocks: int
+    spec: FusionSpec,
+    mr: int,
+    nv: int,
+    tile_p: int,
+    tile_q: int,
+    depth: int,
+    blocks: int,
+    task_blocks: int,
+    *,
+    flat: bool,
 ) -> ConvTiling:
     conv = spec.conv
     item = ITEM_BYTES[spec.dtype]
@@ -183,6 +192,8 @@ def _with_tile(
             (tile_p, tile_q), conv.stride, (conv.R, conv.S), conv.dilation, strict=True
         )
     )
+    if not flat:  # what lies beyond the map is neither loaded nor multiplied
+        rows, cols = min(rows, spec.H), min(cols, spec.W)
     # Pixels that share their valid taps form runs of rows and of columns: one with all taps, one for each number of
     # taps missing at either end, up to all. Each pair of runs ends in one register tile that may not be full.
     runs = min(tile_p, 2 * conv.R + 1) * min(tile_q, 2 * conv.S + 1)

@@ -1,0 +1,121 @@
+"""Edges of the CPU backend that were found by breaking it: odd memory, far-reaching filters, interrupted threads."""
+
+from __future__ import annotations
+
+import errno
+import threading
+
+import numpy as np
+import pytest
+
+import fusionops as fo
+from fusionops.cpu import device, jit, threads
+from fusionops.cpu.stream import STREAM_BYTES
+from fusionops.cpu.tiling import SCRATCH_LIMIT, plan
+from fusionops.problems import conv
+from fusionops.spec import Merge
+
+LARGE = STREAM_BYTES // 4  # float32 elements of an output that is stored around the caches
+
+
+def test_concat_into_reversed_channels_around_the_caches():
+    side = int(np.sqrt(LARGE))
+    sources = [np.full((1, side, side, 1), i + 1, np.float32) for i in range(3)]
+    out = np.zeros((1, side, side, 3), np.float32)[..., ::-1]
+    assert fo.concat(sources, out=out) is out
+    np.testing.assert_array_equal(out, np.concatenate(sources, -1))
+
+
+def test_concat_into_rows_that_interleave_around_the_caches():
+    rows = LARGE // 6 + 1
+    base = np.zeros(rows * 12, np.float32)
+    out = np.lib.stride_tricks.as_strided(base, (rows, 2, 3), (24, 24 * rows + 12, 4))
+    sources = [np.full((rows, 1, 3), i + 1, np.float32) for i in range(2)]
+    fo.concat(sources, axis=1, out=out)
+    np.testing.assert_array_equal(out, np.concatenate(sources, 1))
+
+
+@pytest.mark.parametrize("offset", [1, 2, 4, 8])
+def test_add_into_an_unaligned_output_around_the_caches(offset):
+    x = np.arange(2 * LARGE, dtype=np.float32)
+    memory = np.zeros(x.nbytes + 64, np.uint8)
+    out = memory[offset : offset + x.nbytes].view(np.float32)
+    fo.add([x, x], out=out)
+    np.testing.assert_array_equal(out, x + x)
+    assert not memory[:offset].any()
+    assert not memory[offset + x.nbytes :].any()
+
+
+def test_a_field_of_a_record_as_output():
+    records = np.zeros(100, [("value", "f4"), ("other", "u2")])
+    records["other"] = 7
+    x = np.arange(100, dtype=np.float32)
+    fo.add([x, x], out=records["value"])
+    np.testing.assert_array_equal(records["value"], x + x)
+    assert (records["other"] == 7).all()
+    fo.add_dense([x[:, None]], np.ones((1, 1), np.float32), out=records["value"][:, None])
+    np.testing.assert_array_equal(records["value"], x)
+    assert (records["other"] == 7).all()
+
+
+@pytest.mark.parametrize("reach", [7, 3000, 60_000])
+def test_dilation_beyond_the_map(reach):
+    """Only the taps that land in the map are loaded, so the memory of a call does not grow with the reach."""
+    rng = np.random.default_rng(0)
+    x = rng.integers(-4, 5, (2, 9, 11, 3)).astype(np.float32)
+    filters = rng.integers(-4, 5, (3, 3, 3, 5)).astype(np.float32)
+    options = {"dilation": reach, "padding": reach}
+    expected = fo.add_conv([x], filters, **options, backend="reference")
+    np.testing.assert_array_equal(fo.add_conv([x], filters, **options), expected)
+    spec = conv("", Merge.ADD, (3,), 5, 3, 3, H=9, W=11, dilation=(reach, reach), padding=((reach, reach),) * 2).spec
+    assert plan(spec, device()).scratch_bytes <= SCRATCH_LIMIT
+
+
+def test_a_worker_whose_start_was_interrupted_does_no_harm(monkeypatch):
+    """The thread lives although `grow` never heard of it: no two threads may share scratch memory."""
+    rng = np.random.default_rng(0)
+    x, filters = rng.random((1, 96, 96, 32), np.float32), rng.random((3, 3, 32, 32), np.float32)
+    expected = fo.add_conv([x], filters)
+    monkeypatch.setattr(threads, "_POOL", None)
+    start = threading.Thread.start
+
+    def interrupted(thread):
+        start(thread)
+        raise KeyboardInterrupt
+
+    with threads.num_threads(4):
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                fo.add_conv([x], filters)
+        for _ in range(50):
+            np.testing.assert_array_equal(fo.add_conv([x], filters), expected)
+    threads._POOL.stop()
+
+
+def test_calls_go_on_with_the_threads_there_are(monkeypatch):
+    x = np.ones((1, 96, 96, 32), np.float32)
+    filters = np.ones((3, 3, 32, 32), np.float32)
+    expected = fo.add_conv([x], filters)
+    monkeypatch.setattr(threads, "_POOL", None)
+
+    def refused(thread):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    with threads.num_threads(4):
+        np.testing.assert_array_equal(fo.add_conv([x], filters), expected)
+
+
+def test_kernels_that_cannot_be_kept_are_run_all_the_same(monkeypatch, tmp_path):
+    monkeypatch.setattr(jit, "cache_directory", lambda: str(tmp_path))
+    calls = []
+
+    def make(cache):
+        calls.append(cache)
+        if cache:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return "compiled"
+
+    assert jit._compile(make) == "compiled"
+    assert calls == [True, True, False]
