@@ -28,11 +28,11 @@ WIDEST_TILE = 32
 TASK_FILTERS = 256
 # Share of L2 for the filter chunk that all pixels of a tile are multiplied with; the tile itself takes about as much.
 FILTER_SHARE = 4
-# One vector wide tiles load nearly as often as they multiply: tiles of 6×4, 9×3 and 14×2 vectors all reach the FMA
-# peak, one of 28×1 0.78 of it (AVX-512 server core, all in one run).
+# Tiles one vector wide load nearly as often as they multiply. Alone, in L1, a tile of 24×1 vectors reaches the FMA peak;
+# in six convolutions of U-Net and FPN it took 1.25 to 1.40 times as long as 6×4 (AVX-512, interleaved rounds).
 ONE_VECTOR_EFFICIENCY = 0.78
-# A tile of fewer pixels reads its filters too often. On 16 registers of 32 bytes (an AVX-512 core restricted to AVX2) 2×2
-# vectors reach 0.87 of the FMA peak alone and 0.60 to 0.66 in three convolutions, 6×1 all of it and 0.70 to 0.87.
+# A tile of fewer pixels reads its filters too often. On 16 registers of 32 bytes (AVX2 on the same machine) 2×2 vectors
+# reach 0.87 of the FMA peak alone and 0.60 to 0.66 in three convolutions, 6×1 all of it and 0.70 to 0.87.
 FEWEST_PIXELS = 4
 
 
