@@ -28,7 +28,7 @@ WIDEST_TILE = 32
 TASK_FILTERS = 256
 # Share of L2 for the filter chunk that all pixels of a tile are multiplied with; the tile itself takes about as much.
 FILTER_SHARE = 4
-# Tiles one vector wide load nearly as often as they multiply. Alone, in L1, a tile of 24×1 vectors reaches the FMA peak;
+# Tiles one vector wide load nearly as often as they multiply. Alone, in L1, one of 24×1 vectors reaches the FMA peak;
 # in six convolutions of U-Net and FPN it took 1.25 to 1.40 times as long as 6×4 (AVX-512, interleaved rounds).
 ONE_VECTOR_EFFICIENCY = 0.78
 # A tile of fewer pixels reads its filters too often. On 16 registers of 32 bytes (AVX2 on the same machine) 2×2 vectors
