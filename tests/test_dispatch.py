@@ -329,6 +329,9 @@ def test_warmup_tells_how_far_it_is(monkeypatch):
 # The price of a call
 
 BUDGET_S = 10e-6  # what the project grants a call on tiny arrays over its kernel
+# The budget is for a machine that sums range(1000) in this time; a virtual one may run at half its speed for minutes.
+# Measured with the two in turn: the call takes 0.39 of the sum.
+YARDSTICK_S = 15e-6
 
 
 def test_small_call_stays_within_its_budget(monkeypatch):
@@ -345,7 +348,9 @@ def test_small_call_stays_within_its_budget(monkeypatch):
         )
     finally:
         dispatch.choose.cache_clear()
-    assert min(rounds) / 50 <= BUDGET_S  # the shortest of many short measurements: a busy machine only adds to them
+    yardstick = min(timeit.repeat("sum(range(1000))", number=20, repeat=300)) / 20
+    slowness = max(1.0, yardstick / YARDSTICK_S)
+    assert min(rounds) / 50 <= BUDGET_S * slowness  # the shortest of many: a busy machine only adds to them
 
 
 def test_equal_specs_are_one_choice():

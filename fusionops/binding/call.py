@@ -98,7 +98,7 @@ def bound(
     """
     target = None
     if out is not None:
-        if not is_settled(out):
+        if not (out.flags.c_contiguous or is_settled(out)):
             copies += ("out: its strides are not whole items, so the result is computed elsewhere and copied",)
         elif _overlaps_input(out, operands, elementwise):
             copies += ("out: its memory overlaps an input's, so the result is computed elsewhere and copied",)
