@@ -291,10 +291,20 @@ def test_import_works_without_numba_and_cupy():
 
 
 def test_import_is_cheap():
-    """Less than 50 ms over NumPy, of processor time, the least of some: what else the machine does only adds to it."""
-    program = "import numpy, time; t = time.process_time(); import fusionops; print(time.process_time() - t)"
+    """Less than 50 ms over NumPy, of processor time, the least of some: what else the machine does only adds to it.
+
+    A virtual machine may run at half its speed for minutes, so the time is that of one which imports NumPy in 0.16 s
+    of processor time; there fusionops takes 0.025 s.
+    """
+    program = (
+        "import time; start = time.process_time(); import numpy; middle = time.process_time(); import fusionops;"
+        "print(middle - start, time.process_time() - middle)"
+    )
     python(program, PYTHONDONTWRITEBYTECODE="")  # a first import that may write byte code
-    assert min(float(python(program)) for _ in range(9)) < 0.050
+    numpy_s, ours_s = (
+        min(times) for times in zip(*(map(float, python(program).split()) for _ in range(9)), strict=True)
+    )
+    assert ours_s < 0.050 * max(1.0, numpy_s / 0.16)
 
 
 FUNCTIONS = [name for name in fusionops.__all__ if inspect.isfunction(getattr(fusionops, name))]
