@@ -111,29 +111,29 @@ def conv_task(bits: int, mr: int, nv: int) -> int:
         channels, filters = p[at.C] // p[at.GROUPS], p[at.K] // p[at.GROUPS]
         dense_rows = p[at.DILATION_W] == 1
         block0, block1 = part * p[at.TASK_BLOCKS], min(p[at.BLOCKS], (part + 1) * p[at.TASK_BLOCKS])
-        block_elements = p[at.R] * p[at.S] * channels * width
+        row, block_step = p[at.FILTER_ROW], p[at.FILTER_BLOCK] * item
         for c0 in range(0, channels, p[at.DEPTH]):
             depth = min(p[at.DEPTH], channels - c0)
             is_last = c0 + depth == channels
             load_tile(bits, params, scratch, n, h0, w0, group * channels + c0, depth)
             for block in range(block0, block1):
-                panel = p[at.FILTERS] + ((group * p[at.BLOCKS] + block) * block_elements
-                                         + p[at.R] * p[at.S] * c0 * width) * item  # fmt: skip
+                panel = (p[at.FILTERS] + (group * p[at.BLOCKS] + block) * block_step
+                         + p[at.R] * p[at.S] * c0 * row * item)  # fmt: skip
                 k0, used = group * filters + block * width, min(width, filters - block * width)
                 # While this block is multiplied the next comes to L2: the task's next, or the first of the next chunk.
                 following, step = panel, 0
                 if block + 1 < block1:
-                    following, step = panel + block_elements * item, width * item // count + 1
+                    following, step = panel + block_step, width * item // count + 1
                 elif not is_last:
-                    following = p[at.FILTERS] + ((group * p[at.BLOCKS] + block0) * block_elements
-                                                 + p[at.R] * p[at.S] * (c0 + depth) * width) * item  # fmt: skip
+                    following = (p[at.FILTERS] + (group * p[at.BLOCKS] + block0) * block_step
+                                 + p[at.R] * p[at.S] * (c0 + depth) * row * item)  # fmt: skip
                     step = width * item // count + 1
                 share = p[at.R] * p[at.S] * depth * step
                 for g in range(count):
                     head = g * GROUP_WORDS
                     r0, r1, s0, s1 = groups[head], groups[head + 1], groups[head + 2], groups[head + 3]
                     a = scratch + (r0 * p[at.DILATION_H] * p[at.PITCH] + s0 * p[at.DILATION_W]) * depth * item
-                    b = panel + (r0 * p[at.S] + s0) * depth * width * item
+                    b = panel + (r0 * p[at.S] + s0) * depth * row * item
                     sums = scratch + p[at.AT_SUMS] + ((block - block0) * count + g) * mr * width * item
                     a_row, b_row = p[at.DILATION_H] * p[at.PITCH] * depth, p[at.S] * depth
                     inner, run = s1 - s0, depth
@@ -143,7 +143,7 @@ def conv_task(bits: int, mr: int, nv: int) -> int:
                         ask_for_output(bits, params, outs + g * mr * 8, residuals + g * mr * 8,
                                        groups[head + 4], k0, used)  # fmt: skip
                     gemm_tile(bits, mr, nv, a, pixels + g * mr * 8, depth, r1 - r0, a_row, b_row,
-                              inner, p[at.DILATION_W] * depth, depth, run, b, sums, c0,
+                              inner, p[at.DILATION_W] * depth, depth, run, b, row, sums, c0,
                               following + g * share, step)  # fmt: skip
                     if is_last:
                         finish_tile(bits, params, sums, outs + g * mr * 8, residuals + g * mr * 8, copy,

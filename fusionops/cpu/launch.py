@@ -28,6 +28,9 @@ WEIGHT_KINDS = {None: at.WEIGHT_NONE, "scalar": at.WEIGHT_SCALAR, "vector": at.W
 Strides = tuple[int, ...]  # in bytes, as arrays have them
 Steps = tuple[int, int, int, int]  # along N, H, W, C in elements
 
+# Rows of filters that are read where the caller has them are no longer than this: one of 2 KiB or more would bring all
+# rows of a block to a few sets of the L1 cache. Not packing saves a small call a launch.
+IN_PLACE_BYTES = 512
 PACKING_FLOPS = 32.0  # what computes as long as one element is packed: 4 bytes at 16 GB/s against 120 GFLOP/s
 
 
@@ -56,9 +59,15 @@ def _source_words(spec: FusionSpec, source: SourceSpec, steps: Steps, first: int
 
 
 def block(
-    spec: FusionSpec, tiling: ConvTiling, strides: tuple[Strides, ...], out: Strides, residual: Strides | None
+    spec: FusionSpec,
+    tiling: ConvTiling,
+    strides: tuple[Strides, ...],
+    out: Strides,
+    residual: Strides | None,
+    *,
+    in_place: bool,
 ) -> Block:
-    """The fixed words. Pure."""
+    """The fixed words; `in_place`: filters are read where the caller has them. Pure."""
     conv2d, item = spec.conv, tiling.item_bytes
     N, H, W, P, Q = spec.N, spec.H, spec.W, spec.P, spec.Q
     sources = [map_strides(steps, item, spec) for steps in strides]
@@ -91,6 +100,9 @@ def block(
     words[at.RESIDUAL_UP_H : at.RESIDUAL_UP_W + 1] = residual_up
     words[at.RESIDUAL_WEIGHT] = WEIGHT_KINDS[spec.residual.weight] if spec.residual else at.WEIGHT_NONE
     words[at.WIDTH], words[at.PITCH] = tiling.width, min(cols, W)
+    rows_of_filters = conv2d.R * conv2d.S * spec.C // conv2d.groups
+    words[at.FILTER_ROW] = conv2d.K if in_place else tiling.width
+    words[at.FILTER_BLOCK] = tiling.width if in_place else rows_of_filters * tiling.width
     words[at.ACTIVATION] = activation.code(spec.activation)
     if spec.activation and spec.activation.parameters:
         words.view(np.float64)[at.SLOPE] = spec.activation.parameters[0]
@@ -152,7 +164,7 @@ def filter_words(spec: FusionSpec, tiling: ConvTiling, strides: Strides) -> list
 class Prepared:
     """All of a call that its arrays' addresses do not decide.
 
-    in_order   whether filters of these strides are what packing them would give
+    in_place   whether filters of these strides need no packing
     """
 
     words: array[int]
@@ -160,7 +172,7 @@ class Prepared:
     tasks: int
     flops_per_task: float
     slot_bytes: int
-    in_order: bool
+    in_place: bool
 
 
 @functools.lru_cache(maxsize=512)
@@ -173,14 +185,15 @@ def prepare(
     residual: Strides | None,
 ) -> Prepared:
     """The fixed words with the machine code they are for; filters None stands for packed ones."""
-    fixed = block(spec, tiling, sources, out, residual)
+    in_place = filters is not None and lies_in_rows(spec, tiling, filters)
+    fixed = block(spec, tiling, sources, out, residual, in_place=in_place)
     return Prepared(
         words=array("q", fixed.words.tobytes()),
         task=conv.conv_task(tiling.bits, tiling.mr, tiling.nv),
         tasks=fixed.tasks,
         flops_per_task=fixed.flops_per_task,
         slot_bytes=int(fixed.words[at.SCRATCH_BYTES]),
-        in_order=filters is not None and is_packed(spec, tiling, filters),
+        in_place=in_place,
     )
 
 
@@ -194,11 +207,12 @@ def prepare_packing(spec: FusionSpec, tiling: ConvTiling, strides: Strides) -> t
     )
 
 
-def is_packed(spec: FusionSpec, tiling: ConvTiling, strides: Strides) -> bool:
-    """Whether filters of these strides lie in the order of the task already: one block, one chunk, channels last."""
-    whole = tiling.chunks == 1 and spec.conv.groups == 1 and tiling.width == spec.conv.K
+def lies_in_rows(spec: FusionSpec, tiling: ConvTiling, strides: Strides) -> bool:
+    """Whether a task may read filters of these strides as they are: whole blocks, one chunk, filters last."""
+    whole = tiling.chunks == 1 and spec.conv.groups == 1 and spec.conv.K % tiling.width == 0
     contiguous = tuple(np.cumprod((tiling.item_bytes, *spec.filter_shape[:0:-1]))[::-1].tolist())
-    return whole and spec.layout is Layout.NHWC and strides == contiguous
+    short = spec.conv.K * tiling.item_bytes <= IN_PLACE_BYTES
+    return whole and short and spec.layout is Layout.NHWC and strides == contiguous
 
 
 def pack(spec: FusionSpec, tiling: ConvTiling, filters: Any, packed: int) -> None:
@@ -228,7 +242,7 @@ def run(spec: FusionSpec, tiling: ConvTiling, operands: Operands, out: np.ndarra
     packed = 0
     if is_kept:
         packed = _kept(spec, tiling, filters).start
-    elif prepared.in_order:
+    elif prepared.in_place:
         packed = address(filters)
     area = WORKSPACE.borrow(slots_bytes if packed else slots_bytes + tiling.shared_bytes)
     try:

@@ -11,31 +11,31 @@ import numpy as np
 
 ALIGNMENT = 4096  # bytes: whole pages, so that no two threads' areas share one
 
-_pointer_at = ctypes.c_void_p.from_address
+# This process's memory as machine words, which Python may index: 0.2 µs a read, where `array.ctypes.data` takes 1.8 and
+# a small call needs five addresses.
+_WORD = ctypes.sizeof(ctypes.c_size_t)
+_MEMORY = (ctypes.c_size_t * (2**62 // _WORD)).from_address(0)
 
 
 @functools.cache
-def _data_offset() -> int | None:
-    """Where an ndarray keeps its data pointer: the first field after the object header, as NumPy's C API has it.
+def _data_word() -> int | None:
+    """Which word of an ndarray is its data pointer: the first after the object header, as NumPy's C API has it.
 
-    Verified on live arrays; None where it is not so, and the slow public attribute is used. Reading it costs 0.3 µs
-    instead of the 1.8 µs of `array.ctypes.data`, and a small call needs five addresses.
+    Verified on live arrays; None where it is not so, and the slow public attribute is used.
     """
-    offset = object.__basicsize__
+    word = object.__basicsize__ // _WORD
     for probe in (np.empty(3), np.empty((2, 5), np.float32)[1:, ::2]):
-        if _pointer_at(id(probe) + offset).value != probe.ctypes.data:
+        if _MEMORY[id(probe) // _WORD + word] != probe.ctypes.data:
             return None
-    return offset
+    return word
 
 
-_OFFSET = _data_offset()
+_DATA = _data_word()
 
 
 def address(array: np.ndarray[Any, Any]) -> int:
     """The address of the first element."""
-    if _OFFSET is None:
-        return int(array.ctypes.data)
-    return _pointer_at(id(array) + _OFFSET).value or 0
+    return int(array.ctypes.data) if _DATA is None else _MEMORY[id(array) // _WORD + _DATA]
 
 
 @dataclass(slots=True)

@@ -3,8 +3,8 @@
     C[i, :] (+)= Σ_{u < outer} Σ_{v < inner} Σ_{d < depth}  A[pixels[i]·pitch + u·a_outer + v·a_inner + d]
                                                             · B[u·b_outer + v·b_inner + d, :]
 
-The rows of A are any pixels of a packed tile; B is a micropanel whose row is nv vectors. The sum of a call starts at
-zero and runs in the order written; with `accumulate` it is then added to C.
+The rows of A are any pixels of a packed tile; B is a micropanel of nv vectors a row, its rows b_pitch elements apart. The sum of
+a call starts at zero and runs in the order written; with `accumulate` it is then added to C.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from fusionops.cpu.simd import I64, Lanes, word
 
 
 @intrinsic(prefer_literal=True)
-def gemm_tile(typing, bits, mr, nv, a, pixels, pitch, outer, a_outer, b_outer, inner, a_inner, b_inner, depth, panel, c,
-              accumulate, ahead, ahead_step):  # fmt: skip
+def gemm_tile(typing, bits, mr, nv, a, pixels, pitch, outer, a_outer, b_outer, inner, a_inner, b_inner, depth, panel,
+              b_pitch, c, accumulate, ahead, ahead_step):  # fmt: skip
     """Addresses a, pixels (int64 each), panel, c; steps in elements; bits, mr and nv literal.
 
     ahead, ahead_step   an address asked for in L2 at each step of the reduction, and its advance in bytes
@@ -29,13 +29,12 @@ def gemm_tile(typing, bits, mr, nv, a, pixels, pitch, outer, a_outer, b_outer, i
     if not all(isinstance(value, types.IntegerLiteral) for value in (bits, mr, nv)):
         return None
     rows, vectors = mr.literal_value, nv.literal_value
-    signature = types.void(bits, mr, nv, *[types.intp] * 15)
+    signature = types.void(bits, mr, nv, *[types.intp] * 16)
 
     def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        (a, pixels, pitch, outer, a_outer, b_outer, inner, a_inner, b_inner, depth, panel, c,
-         accumulate, ahead, ahead_step) = args[3:]  # fmt: skip
+        (a, pixels, pitch, outer, a_outer, b_outer, inner, a_inner, b_inner, depth, panel, b_pitch,
+         c, accumulate, ahead, ahead_step) = args[3:]  # fmt: skip
         lanes = Lanes(b, bits.literal_value)
-        width = vectors * lanes.count
         pixel = b.inttoptr(pixels, I64.as_pointer())
         starts = [lanes.pointer(a, b.mul(b.load(b.gep(pixel, [word(i)])), pitch)) for i in range(rows)]
         B, C = lanes.pointer(panel), lanes.pointer(c)
@@ -47,9 +46,9 @@ def gemm_tile(typing, bits, mr, nv, a, pixels, pitch, outer, a_outer, b_outer, i
             a_step = b.add(b.mul(u.index, a_outer), b.mul(v.index, a_inner))
             b_step = b.add(b.mul(u.index, b_outer), b.mul(v.index, b_inner))
             heads = [b.gep(start, [a_step]) for start in starts]
-            segment = b.gep(B, [b.mul(b_step, word(width))])
+            segment = b.gep(B, [b.mul(b_step, b_pitch)])
             with cgutils.for_range(b, depth) as d:
-                row = b.gep(segment, [b.mul(d.index, word(width))])
+                row = b.gep(segment, [b.mul(d.index, b_pitch)])
                 line = b.load(next_line)
                 lanes.prefetch(lanes.pointer(line), level=2)
                 b.store(b.add(line, ahead_step), next_line)

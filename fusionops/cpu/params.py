@@ -29,7 +29,7 @@ ROWS, COLS = 25, 26  # of the merged map that a tile's taps span, in the map and
 SCRATCH = 27  # the slots, one after the other
 SCRATCH_BYTES = 28  # of one slot
 AT_SUMS, AT_PIXELS, AT_OUT, AT_RESIDUAL, AT_GROUPS, AT_COPY = 29, 30, 31, 32, 33, 34  # bytes from the slot's start
-FILTERS = 35  # packed
+FILTERS = 35  # packed, or as the caller has them
 OUT = 36
 OUT_N, OUT_P, OUT_Q, OUT_K = 37, 38, 39, 40
 
@@ -45,7 +45,10 @@ SLOPE = 52  # float64 bits
 PITCH = 54  # columns of a loaded tile: no more than the map has
 WIDTH = 53  # elements of a row of sums; a word, so that the epilogue is compiled once for all register tiles
 
-SOURCES = 56  # the words between are free
+FILTER_ROW = 55  # from one row of a filter block to the next: WIDTH where they are packed
+FILTER_BLOCK = 56  # from one filter block to the next
+
+SOURCES = 58  # the words between are free
 SOURCE_WORDS = 12  # the last one is free
 S_BASE, S_N, S_H, S_W, S_C = 0, 1, 2, 3, 4
 S_UP_H, S_UP_W = 5, 6

@@ -63,7 +63,8 @@ def _tile_task(bits: int, mr: int, nv: int) -> int:
     def multiply(params, index, slot):
         p = words(params)
         for _ in range(p[0]):
-            gemm_tile(bits, mr, nv, p[1], p[2], 0, 1, 0, 0, 1, 0, 0, p[3], p[4], p[5] + slot * p[6], 0, p[4], 0)
+            gemm_tile(bits, mr, nv, p[1], p[2], 0, 1, 0, 0, 1, 0, 0, p[3], p[4], p[7], p[5] + slot * p[6],
+                      0, p[4], 0)  # fmt: skip
 
     return task(multiply)
 
@@ -90,7 +91,7 @@ def tile_rate(threads_used: int, mr: int, nv: int, dtype: str = "float32", secon
     sums, pixels = np.zeros(threads_used * mr * width, dtype), np.zeros(mr, np.int64)
     step_flops = 2.0 * DEPTH * mr * width
     repeats = int(TASK_FLOPS / step_flops)
-    addresses = [address(a), address(pixels), DEPTH, panel.start, address(sums), mr * width * item]
+    addresses = [address(a), address(pixels), DEPTH, panel.start, address(sums), mr * width * item, width]
     params = np.array([repeats, *addresses], np.int64)
     return _rate(_tile_task(8 * item, mr, nv), params, repeats * step_flops, threads_used, seconds)
 

@@ -31,6 +31,10 @@ FILTER_SHARE = 4
 # Tiles one vector wide load nearly as often as they multiply. Alone, in L1, one of 24×1 vectors reaches the FMA peak;
 # in six convolutions of U-Net and FPN it took 1.25 to 1.40 times as long as 6×4 (AVX-512, interleaved rounds).
 ONE_VECTOR_EFFICIENCY = 0.78
+# 14×2 vectors reach 0.95 to 1.0 of the FMA peak alone, 6×4 0.87 to 0.91 (registers are as full, the loads of filters
+# are half as many). With 3×3 filters 6×4 nevertheless took 0.89 to 1.0 of the time of 14×2 in nine convolutions of
+# U-Net and FPN; in six 1×1 and dense ones of YOLO, ResNet and Keras 14×2 took 0.5 to 1.03 of the time of 6×4.
+FLAT_VECTORS = 2
 # A tile of fewer pixels reads its filters too often. On 16 registers of 32 bytes (AVX2 on the same machine) 2×2 vectors
 # reach 0.87 of the FMA peak alone and 0.60 to 0.66 in three convolutions, 6×1 all of it and 0.70 to 0.87.
 FEWEST_PIXELS = 4
@@ -126,12 +130,18 @@ def register_tiles(device: CpuDevice) -> tuple[tuple[int, int], ...]:
     return tuple(tiles)
 
 
-def choose_register_tile(filters: int, item_bytes: int, device: CpuDevice) -> tuple[int, int]:
-    """The tile that wastes the fewest columns on `filters` output channels; the widest of equals."""
+def choose_register_tile(filters: int, item_bytes: int, device: CpuDevice, *, flat: bool = False) -> tuple[int, int]:
+    """The tile that wastes the fewest columns on `filters` output channels.
 
-    def cost(tile: tuple[int, int]) -> float:
-        width = tile[1] * VECTOR_BYTES // item_bytes
-        return -(-filters // width) * tile[1] / (ONE_VECTOR_EFFICIENCY if tile[1] == 1 else 1.0)
+    Of equals the widest, which reads the pixels of a long reduction from L2 least often; for a `flat` contraction,
+    whose reductions are short and whose tiles therefore end often, the one of two vectors.
+    """
+
+    def cost(tile: tuple[int, int]) -> tuple[float, int]:
+        _, nv = tile
+        width = nv * VECTOR_BYTES // item_bytes
+        columns = -(-filters // width) * nv / (ONE_VECTOR_EFFICIENCY if nv == 1 else 1.0)
+        return columns, abs(nv - FLAT_VECTORS) if flat else -nv
 
     return min(register_tiles(device), key=cost)
 
@@ -146,7 +156,7 @@ def plan(spec: FusionSpec, device: CpuDevice, *, flat: bool = False) -> ConvTili
     conv = spec.conv
     item = ITEM_BYTES[spec.dtype]
     group_filters, group_channels = conv.K // conv.groups, spec.C // conv.groups
-    mr, nv = choose_register_tile(group_filters, item, device)
+    mr, nv = choose_register_tile(group_filters, item, device, flat=flat)
     width = nv * VECTOR_BYTES // item
     blocks = -(-group_filters // width)
     task_blocks = balanced(blocks, max(1, TASK_FILTERS // width))
