@@ -3,8 +3,8 @@
     C[i, :] (+)= Σ_{u < outer} Σ_{v < inner} Σ_{d < depth}  A[pixels[i]·pitch + u·a_outer + v·a_inner + d]
                                                             · B[u·b_outer + v·b_inner + d, :]
 
-The rows of A are any pixels of a packed tile; B is a micropanel of nv vectors a row, its rows b_pitch elements apart. The sum of
-a call starts at zero and runs in the order written; with `accumulate` it is then added to C.
+The rows of A are any pixels of a packed tile; B is a micropanel of nv vectors a row, its rows b_pitch elements apart.
+The sum of a call starts at zero and runs in the order written; with `accumulate` it is then added to C.
 """
 
 from __future__ import annotations
