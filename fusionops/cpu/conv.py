@@ -115,7 +115,8 @@ def conv_task(bits: int, mr: int, nv: int) -> int:
         for c0 in range(0, channels, p[at.DEPTH]):
             depth = min(p[at.DEPTH], channels - c0)
             is_last = c0 + depth == channels
-            load_tile(bits, params, scratch, n, h0, w0, group * channels + c0, depth)
+            load_tile(bits, params, scratch, p[at.PITCH], n, h0, p[at.ROWS], w0, p[at.COLS],
+                      group * channels + c0, depth)  # fmt: skip
             for block in range(block0, block1):
                 panel = (p[at.FILTERS] + (group * p[at.BLOCKS] + block) * block_step
                          + p[at.R] * p[at.S] * c0 * row * item)  # fmt: skip

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from functools import partial
 
+from fusionops.cpu.block import is_pointwise
 from fusionops.cpu.direct import common_reasons, run
-from fusionops.cpu.launch import is_pointwise
 from fusionops.cpu.simd import COMPUTED
 from fusionops.cpu.tiling import plan
 from fusionops.kernel import Kernel

@@ -159,11 +159,14 @@ def merge_line(
 
 
 @inline
-def load_tile(bits, params, to, n, h0, w0, c0, depth):
-    """to[h - max(h0, 0)][w - max(w0, 0)][c - c0] = merged[n, h, w, c], for rows and columns that lie inside the map."""
+def load_tile(bits, params, to, pitch, n, h0, rows, w0, cols, c0, depth):
+    """to[h - max(h0, 0)][w - max(w0, 0)][c - c0] = merged[n, h, w, c] for h0 ≤ h < h0 + rows, w0 ≤ w < w0 + cols.
+
+    Only where h and w lie inside the map. A row of `to` has `pitch` pixels of `depth` channels.
+    """
     p = words(params)
     item = bits // 8
-    rows, cols, pitch, is_add = p[at.ROWS], p[at.COLS], p[at.PITCH], p[at.IS_ADD]
+    is_add = p[at.IS_ADD]
     h_from, h_to = max(h0, 0), min(h0 + rows, p[at.H])
     w_from, w_to = max(w0, 0), min(w0 + cols, p[at.W])
     if w_from >= w_to:

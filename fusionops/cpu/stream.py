@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from fusionops.cpu import activation, threads
-from fusionops.cpu.launch import WEIGHT_KINDS, weight_word
+from fusionops.cpu.block import WEIGHT_KINDS, weight_word
 from fusionops.cpu.memory import address
 from fusionops.cpu.simd import COMPUTED
 from fusionops.cpu.streaming import (

@@ -6,7 +6,8 @@ image and its filters alone: C and the taps fix the chunks, whatever the batch, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
 from functools import cached_property
 
 from fusionops.cpu.simd import VECTOR_BYTES
@@ -40,31 +41,23 @@ FLAT_VECTORS = 2
 FEWEST_PIXELS = 4
 
 
-@dataclass(frozen=True)
-class ConvTiling:
-    """Extents in elements, pixels or vectors; see `params` for the words they become.
+@dataclass(frozen=True, kw_only=True)
+class Tiling:
+    """What every way to cut a contraction up states. Extents in elements, pixels or vectors.
 
     bits, mr, nv   element width and register tile: mr pixels × nv vectors
-    tile_p, tile_q   output tile
-    rows, cols     of the merged map that an output tile loads
     depth, chunks  channels of one group that are summed at a time, and how many times that is
     blocks         filter blocks of nv vectors in a group; task_blocks of them to a task
-    groups_of_pixels   at most so many register tiles in an output tile
     packed_elements    of the packed filters
     """
 
     bits: int
     mr: int
     nv: int
-    tile_p: int
-    tile_q: int
-    rows: int
-    cols: int
     depth: int
     chunks: int
     blocks: int
     task_blocks: int
-    groups_of_pixels: int
     packed_elements: int
 
     def __hash__(self) -> int:
@@ -72,7 +65,12 @@ class ConvTiling:
 
     @cached_property
     def _hash(self) -> int:
-        return hash((self.bits, self.mr, self.nv, self.tile_p, self.tile_q, self.depth, self.task_blocks))
+        return hash(tuple(getattr(self, field.name) for field in fields(self)))
+
+    @property
+    def areas(self) -> tuple[int, ...]:
+        """Bytes of each scratch area of a thread."""
+        raise NotImplementedError
 
     @property
     def item_bytes(self) -> int:
@@ -82,21 +80,6 @@ class ConvTiling:
     def width(self) -> int:
         """Elements of a micropanel row."""
         return self.nv * VECTOR_BYTES // self.item_bytes
-
-    @property
-    def areas(self) -> tuple[int, ...]:
-        """Bytes of each scratch area: tile, sums, pixels, output and residual offsets, groups, residual of a group."""
-        pixels = self.groups_of_pixels * self.mr
-        sizes = (
-            self.rows * self.cols * self.depth * self.item_bytes,
-            pixels * self.width * self.task_blocks * self.item_bytes,
-            pixels * WORD_BYTES,
-            pixels * WORD_BYTES,
-            pixels * WORD_BYTES,
-            self.groups_of_pixels * GROUP_WORDS * WORD_BYTES,
-            self.mr * self.width * self.item_bytes,
-        )
-        return tuple(-(-size // VECTOR_BYTES) * VECTOR_BYTES for size in sizes)
 
     @property
     def scratch_bytes(self) -> int:
@@ -117,6 +100,43 @@ class ConvTiling:
         if self.scratch_bytes > SCRATCH_LIMIT:
             reasons.append(f"needs {self.scratch_bytes} B of scratch a thread, the limit is {SCRATCH_LIMIT} B")
         return tuple(reasons)
+
+
+def whole_lines(sizes: Iterable[int]) -> tuple[int, ...]:
+    """Sizes in bytes, each rounded up to vectors."""
+    return tuple(-(-size // VECTOR_BYTES) * VECTOR_BYTES for size in sizes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvTiling(Tiling):
+    """A contraction tap by tap; see `params` for the words these become.
+
+    tile_p, tile_q   output tile
+    rows, cols     of the merged map that an output tile loads
+    groups_of_pixels   at most so many register tiles in an output tile
+    """
+
+    tile_p: int
+    tile_q: int
+    rows: int
+    cols: int
+    groups_of_pixels: int
+
+    __hash__ = Tiling.__hash__
+
+    @property
+    def areas(self) -> tuple[int, ...]:
+        """Of the tile, sums, pixels, output and residual offsets, groups, residual of a group."""
+        pixels = self.groups_of_pixels * self.mr
+        return whole_lines((
+            self.rows * self.cols * self.depth * self.item_bytes,
+            pixels * self.width * self.task_blocks * self.item_bytes,
+            pixels * WORD_BYTES,
+            pixels * WORD_BYTES,
+            pixels * WORD_BYTES,
+            self.groups_of_pixels * GROUP_WORDS * WORD_BYTES,
+            self.mr * self.width * self.item_bytes,
+        ))  # fmt: skip
 
 
 def register_tiles(device: CpuDevice) -> tuple[tuple[int, int], ...]:
