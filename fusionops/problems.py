@@ -69,6 +69,7 @@ def conv(
     groups: int = 1,
     residual: Part | None = None,
     algorithms: tuple[str, ...] = ("direct",),
+    strict: bool = True,
     source: str = "",
     **epilogue: Any,
 ) -> Problem:
@@ -88,7 +89,7 @@ def conv(
         merge,
         tuple(stored(part if isinstance(part, Part) else Part(part), H, W) for part in channels),
         Conv2d(K, R, S, stride, padding, dilation, groups),
-        strict=True,
+        strict=strict,
         **{"bias": True} | epilogue,
     )
     if residual is not None:
@@ -346,6 +347,38 @@ CONVS = (
     ),
 )
 
+WINOGRAD: dict[str, Any] = {"strict": False, "algorithms": ("winograd", "direct")}
+
+REWRITTEN = (
+    *conv_both("winograd_one_tile", 32, 16, H=4, W=4, **WINOGRAD),
+    *conv_both("winograd_one_output", 32, 5, H=3, W=3, padding=NO_PAD, **WINOGRAD),
+    *conv_both("winograd_tile_plus_one", 33, 33, H=5, W=9, **WINOGRAD),
+    *conv_both("winograd_tile_minus_one", 32, 31, H=7, W=3, **WINOGRAD),
+    *conv_both("winograd_valid", 34, 20, H=9, W=8, padding=NO_PAD, **WINOGRAD),
+    *conv_both("winograd_asymmetric_pad", 32, 10, N=2, H=7, W=9, padding=((1, 0), (0, 2)), **WINOGRAD),
+    *conv_both("winograd_pad_beyond_the_filter", 32, 10, H=9, W=13, padding=((4, 0), (0, 5)), **WINOGRAD),
+    *conv_both("winograd_many_tiles", 32, 9, H=33, W=47, **WINOGRAD),
+    *conv_both("winograd_wide_map", 32, 9, H=5, W=211, **WINOGRAD),
+    *conv_both("winograd_tall_map", 32, 9, H=211, W=5, **WINOGRAD),
+    *conv_both("winograd_batch_of_odd_maps", 32, 64, N=5, H=6, W=13, **WINOGRAD),
+    *conv_both("winograd_chunk_of_channels_plus_one", 65, 20, H=6, W=5, **WINOGRAD),
+    *conv_both("winograd_many_channels", 300, 20, H=5, W=5, **WINOGRAD),
+    *conv_both("winograd_many_filters", 32, 600, H=5, W=3, **WINOGRAD),
+    *conv_both("winograd_without_bias", 32, 10, bias=False, **WINOGRAD),
+    *conv_both("winograd_residual", 32, 10, residual=Part(10), activation=RELU, **WINOGRAD),
+    *conv_both("winograd_residual_upsampled", 32, 10, H=6, W=8, residual=Part(10, (2, 2), "vector"), **WINOGRAD),
+    conv("winograd_gelu", CONCAT, (26, 6), 21, activation=Activation("gelu"), **WINOGRAD),
+    conv("winograd_leaky_relu", ADD, (32, 32), 21, activation=QUARTER_LEAKY, **WINOGRAD),
+    conv("winograd_one_source", ADD, (35,), 10, **WINOGRAD),
+    conv("winograd_five_sources", ADD, (33,) * 5, 10, **WINOGRAD),
+    conv("winograd_five_sources", CONCAT, (3, 8, 1, 17, 62), 10, **WINOGRAD),
+    conv("winograd_upsampled", ADD, (35, Part(35, (2, 2))), 10, H=6, W=8, source="FPN, top-down step", **WINOGRAD),
+    conv("winograd_upsampled", CONCAT, (35, Part(5, (2, 2))), 10, H=6, W=8, source="U-Net, decoder step", **WINOGRAD),
+    conv("winograd_upsampled_unevenly", CONCAT, (Part(29, (3, 2)), Part(4, (1, 4))), 10, H=6, W=8, **WINOGRAD),
+    conv("winograd_weighted", ADD, (Part(35, weight="scalar"), Part(35, (2, 2), "vector")), 9, H=8, W=6, **WINOGRAD),
+    conv("winograd_return_sum", ADD, (33, 33, 33), 10, N=2, return_sum=True, **WINOGRAD),
+)
+
 PROBLEMS = (
     *JOINS,
     *(in_float64(problem) for problem in JOINS if "cpu.add_fprop_stream_f32" in problem.kernels),
@@ -354,4 +387,6 @@ PROBLEMS = (
     *CONVS,
     *map(in_nchw, CONVS),
     *map(in_float64, CONVS),
+    *REWRITTEN,
+    *map(in_nchw, REWRITTEN),
 )

@@ -211,6 +211,7 @@ def test_precision_is_refused_where_it_does_not_exist():
 
 
 ONE = full(1, 1, 4, 5)
+WIDE, WIDE_F, DOT = full(1, 6, 5, 32), full(3, 3, 32, 5), full(1, 1, 1, 32)
 CHOSEN = [
     ("add_f32", lambda: fo.explain(fo.add, [X, X]), "cpu.add_fprop_stream_f32"),
     ("add_f64", lambda: fo.explain(fo.add, [full(3, dtype=np.float64)]), "cpu.add_fprop_stream_f64"),
@@ -221,6 +222,12 @@ CHOSEN = [
     ("concat", lambda: fo.explain(fo.concat, [X, X]), "cpu.concat_fprop_stream_any"),
     ("add_conv", lambda: fo.explain(fo.add_conv, [X, X], F), "cpu.add_conv_fprop_direct_f32"),
     ("concat_conv", lambda: fo.explain(fo.concat_conv, [X], F), "cpu.concat_conv_fprop_direct_f32"),
+    ("winograd", lambda: fo.explain(fo.add_conv, [WIDE], WIDE_F), "cpu.add_conv_fprop_winograd_f32"),
+    ("winograd_concat", lambda: fo.explain(fo.concat_conv, [WIDE], WIDE_F), "cpu.concat_conv_fprop_winograd_f32"),
+    ("strict", lambda: fo.explain(fo.add_conv, [WIDE], WIDE_F, strict=True), "cpu.add_conv_fprop_direct_f32"),
+    ("strided", lambda: fo.explain(fo.add_conv, [WIDE], WIDE_F, stride=2), "cpu.add_conv_fprop_direct_f32"),
+    ("dilated", lambda: fo.explain(fo.add_conv, [WIDE], WIDE_F, dilation=2), "cpu.add_conv_fprop_direct_f32"),
+    ("few_taps", lambda: fo.explain(fo.add_conv, [DOT], WIDE_F, padding=1), "cpu.add_conv_fprop_direct_f32"),
     ("pointwise", lambda: fo.explain(fo.add_conv, [X, X], ONE), "cpu.add_conv_fprop_gemm_f32"),
     ("pointwise_same", lambda: fo.explain(fo.concat_conv, [X], ONE, padding="same"), "cpu.concat_conv_fprop_gemm_f32"),
     ("pointwise_padded", lambda: fo.explain(fo.concat_conv, [X], ONE, padding=1), "cpu.concat_conv_fprop_direct_f32"),

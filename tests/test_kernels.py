@@ -39,7 +39,11 @@ CASES = [
 ]
 CONTRACTIONS = [case for case in CASES if case.values[1].spec.contraction is not None]
 
+REWRITES = [case for case in CASES if case.values[0].unsupported(replace(case.values[1].spec, strict=True))]
+
 every_case = pytest.mark.parametrize(("kernel", "problem"), CASES)
+every_rewrite = pytest.mark.parametrize(("kernel", "problem"), REWRITES)
+every_strict_case = pytest.mark.parametrize(("kernel", "problem"), [case for case in CASES if case not in REWRITES])
 every_contraction = pytest.mark.parametrize(("kernel", "problem"), CONTRACTIONS)
 
 
@@ -135,17 +139,43 @@ def test_plan_is_legal(kernel, problem, device):
     assert 0 <= config.scratch_bytes <= 4 * 2**20
 
 
+def is_rewrite(kernel: Kernel, problem: Problem) -> bool:
+    """Whether the kernel forms other products than a strict one."""
+    return bool(kernel.unsupported(replace(problem.spec, strict=True)))
+
+
 @every_case
 def test_exact_on_integers(kernel, problem):
+    """Bit for bit; a rewrite, whose products are no integers, within a quarter of the integer that it should be."""
     spec = problem.spec
     operands, expected = exact_case(problem)
     actual = execute(kernel, spec, map_operands(operands, guarded_copy))
-    assert_within(actual[0], expected[0], activation_bound(spec, operands))
+    bound = activation_bound(spec, operands) + (0.25 if is_rewrite(kernel, problem) else 0.0)
+    assert_within(actual[0], expected[0], bound)
     assert_same_bits(actual[1:], expected[1:])
 
 
 @pytest.mark.parametrize("kind", ["normal", "positive", "badly_scaled"])
-@every_case
+@every_rewrite
+def test_a_rewrite_rounds_little_more_than_a_strict_kernel(kernel, problem, kind):
+    """Relative L2 error at most 4e-6, and three times that of the strict kernel; of numbers over 12 decades, where one
+    product makes a sum and a strict sum hardly rounds, only the first. Over many images, as errors of few vary.
+    """
+    spec = with_batch(problem.spec, 16)
+    strict = next(other for other in cpu.KERNELS if not other.unsupported(replace(spec, strict=True)))
+    operands = random_operands(spec, rng_of(problem), kind)
+    expected = expected_of(spec, operands)
+    exact = np.linalg.norm(expected[0].astype(np.float64))
+    errors = [
+        np.linalg.norm(execute(each, spec, operands)[0].astype(np.float64) - expected[0]) / exact
+        for each in (kernel, strict)
+    ]
+    assert 0 < errors[0] <= 4e-6
+    assert kind == "badly_scaled" or errors[0] <= 3 * errors[1]
+
+
+@pytest.mark.parametrize("kind", ["normal", "positive", "badly_scaled"])
+@every_strict_case
 def test_rounds_within_the_bound(kernel, problem, kind):
     spec = problem.spec
     operands = map_operands(random_operands(spec, rng_of(problem), kind), guarded_copy)

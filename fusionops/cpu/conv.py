@@ -145,7 +145,7 @@ def conv_task(bits: int, mr: int, nv: int) -> int:
                                        groups[head + 4], k0, used)  # fmt: skip
                     gemm_tile(bits, mr, nv, a, pixels + g * mr * 8, depth, r1 - r0, a_row, b_row,
                               inner, p[at.DILATION_W] * depth, depth, run, b, row, sums, c0,
-                              following + g * share, step)  # fmt: skip
+                              following + g * share, step, a, 0)  # fmt: skip
                     if is_last:
                         finish_tile(bits, params, sums, outs + g * mr * 8, residuals + g * mr * 8, copy,
                                     groups[head + 4], k0, used)  # fmt: skip

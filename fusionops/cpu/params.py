@@ -48,7 +48,12 @@ WIDTH = 53  # elements of a row of sums; a word, so that the epilogue is compile
 FILTER_ROW = 55  # from one row of a filter block to the next: WIDTH where they are packed
 FILTER_BLOCK = 56  # from one filter block to the next
 
-SOURCES = 58  # the words between are free
+# Winograd, beside TILES_P and TILES_Q: tiles of 4×4 outputs
+TILES, TASK_TILES, ROW_TILES = 57, 58, 59  # of all images; of a task; loaded at a time
+POINT_VALUES, POINT_SUMS = 60, 61  # elements from one point to the next, of transformed patches and of sums
+AT_VALUES, AT_FINISHED = 62, 63
+
+SOURCES = 64
 SOURCE_WORDS = 12  # the last one is free
 S_BASE, S_N, S_H, S_W, S_C = 0, 1, 2, 3, 4
 S_UP_H, S_UP_W = 5, 6

@@ -64,7 +64,7 @@ def _tile_task(bits: int, mr: int, nv: int) -> int:
         p = words(params)
         for _ in range(p[0]):
             gemm_tile(bits, mr, nv, p[1], p[2], 0, 1, 0, 0, 1, 0, 0, p[3], p[4], p[7], p[5] + slot * p[6],
-                      0, p[4], 0)  # fmt: skip
+                      0, p[4], 0, p[4], 0)  # fmt: skip
 
     return task(multiply)
 
