@@ -106,12 +106,16 @@ def conv_task(bits: int, mr: int, nv: int) -> int:
         p1, q1 = min(p[at.P], p0 + p[at.TILE_P]), min(p[at.Q], q0 + p[at.TILE_Q])
         h0, w0 = p0 * p[at.STRIDE_H] - p[at.PAD_TOP], q0 * p[at.STRIDE_W] - p[at.PAD_LEFT]
         count = group_pixels(params, scratch, mr, n, p0, p1, q0, q1)
+        pixel = words(scratch + p[at.AT_PIXELS])
         pixels, groups = scratch + p[at.AT_PIXELS], words(scratch + p[at.AT_GROUPS])
         outs, residuals, copy = scratch + p[at.AT_OUT], scratch + p[at.AT_RESIDUAL], scratch + p[at.AT_COPY]
         channels, filters = p[at.C] // p[at.GROUPS], p[at.K] // p[at.GROUPS]
         dense_rows = p[at.DILATION_W] == 1
         block0, block1 = part * p[at.TASK_BLOCKS], min(p[at.BLOCKS], (part + 1) * p[at.TASK_BLOCKS])
         row, block_step = p[at.FILTER_ROW], p[at.FILTER_BLOCK] * item
+        # Sums are kept for as long as they are needed: until the last chunk, or until a whole block is stored at once.
+        kept_blocks, kept_tiles = channels > p[at.DEPTH], channels > p[at.DEPTH] or p[at.OUT_K] != 1
+        tile_bytes, near_step = mr * width * item, max(1, mr * item // (p[at.R] * p[at.S]))
         for c0 in range(0, channels, p[at.DEPTH]):
             depth = min(p[at.DEPTH], channels - c0)
             is_last = c0 + depth == channels
@@ -135,7 +139,9 @@ def conv_task(bits: int, mr: int, nv: int) -> int:
                     r0, r1, s0, s1 = groups[head], groups[head + 1], groups[head + 2], groups[head + 3]
                     a = scratch + (r0 * p[at.DILATION_H] * p[at.PITCH] + s0 * p[at.DILATION_W]) * depth * item
                     b = panel + (r0 * p[at.S] + s0) * depth * row * item
-                    sums = scratch + p[at.AT_SUMS] + ((block - block0) * count + g) * mr * width * item
+                    sums = (
+                        scratch + p[at.AT_SUMS] + (kept_blocks * (block - block0) * count + kept_tiles * g) * tile_bytes
+                    )
                     a_row, b_row = p[at.DILATION_H] * p[at.PITCH] * depth, p[at.S] * depth
                     inner, run = s1 - s0, depth
                     if dense_rows:  # neighbouring taps are neighbours in the tile and in the panel: one longer run
@@ -143,14 +149,15 @@ def conv_task(bits: int, mr: int, nv: int) -> int:
                     if is_last:
                         ask_for_output(bits, params, outs + g * mr * 8, residuals + g * mr * 8,
                                        groups[head + 4], k0, used)  # fmt: skip
+                    near = a + pixel[(g + 1) % count * mr] * depth * item
                     gemm_tile(bits, mr, nv, a, pixels + g * mr * 8, depth, r1 - r0, a_row, b_row,
                               inner, p[at.DILATION_W] * depth, depth, run, b, row, sums, c0,
-                              following + g * share, step, a, 0)  # fmt: skip
+                              following + g * share, step, near, near_step)  # fmt: skip
                     if is_last:
                         finish_tile(bits, params, sums, outs + g * mr * 8, residuals + g * mr * 8, copy,
                                     groups[head + 4], k0, used)  # fmt: skip
                 if is_last and p[at.OUT_K] != 1:
-                    sums = scratch + p[at.AT_SUMS] + (block - block0) * count * mr * width * item
+                    sums = scratch + p[at.AT_SUMS] + kept_blocks * (block - block0) * count * tile_bytes
                     scatter_tile(bits, params, sums, outs, count * mr, k0, used)
 
     return task(conv)
