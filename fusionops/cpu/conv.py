@@ -68,6 +68,21 @@ def group_pixels(params, scratch, mr, n, p0, p1, q0, q1):
                 group = count * GROUP_WORDS
                 groups[group], groups[group + 1], groups[group + 2], groups[group + 3] = r0, r1, s0, s1
                 groups[group + 4] = used
+                if row_end - row == 1:  # one line, which vectors of the host fill
+                    start = count * mr
+                    pixel0 = (row * stride_h - origin_h) * p[at.PITCH] + (col + first) * stride_w - origin_w
+                    out0 = n * p[at.OUT_N] + row * p[at.OUT_P] + (col + first) * p[at.OUT_Q]
+                    for i in range(used):
+                        pixels[start + i] = pixel0 + i * stride_w
+                        outs[start + i] = out0 + i * p[at.OUT_Q]
+                    for i in range(used, mr):
+                        pixels[start + i], outs[start + i] = pixel0 + (used - 1) * stride_w, NOWHERE
+                    if has_residual:
+                        line = n * p[at.RESIDUAL_N] + row // p[at.RESIDUAL_UP_H] * p[at.RESIDUAL_P]
+                        for i in range(used):
+                            residuals[start + i] = line + (col + first + i) // p[at.RESIDUAL_UP_W] * p[at.RESIDUAL_Q]
+                    count += 1
+                    continue
                 for i in range(mr):
                     slot = count * mr + i
                     if i < used:

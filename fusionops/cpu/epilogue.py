@@ -38,7 +38,7 @@ def finish_rows(typing, bits, rows, to, places, sums, step, count, bias, residua
         has_bias, has_residual = (b.icmp_signed("!=", address, word(0)) for address in (bias, residual))
         first_to, first_sum, bias, first_residual = (lanes.pointer(address) for address in (to, sums, bias, residual))
         slopes = lanes.splat(b.fptrunc(slope, lanes.scalar) if lanes.bits == 32 else slope)
-        value = cgutils.alloca_once(b, lanes.type)
+        value, term = (cgutils.alloca_once(b, lanes.type) for _ in range(2))
         even = cgutils.alloca_once(b, I64)
 
         def row_start(table: ir.Value, r: ir.Value, base: ir.Value) -> ir.Value:
@@ -50,19 +50,21 @@ def finish_rows(typing, bits, rows, to, places, sums, step, count, bias, residua
             return b.gep(base, [b.load(b.select(missing, even, entry))])
 
         def run(name: str | None) -> None:
-            with cgutils.for_range(b, rows) as r:
-                to, sums = row_start(places, r.index, first_to), b.gep(first_sum, [b.mul(r.index, step)])
-                residual = row_start(residual_places, r.index, first_residual)
-
-                def body(offset: ir.Value, mask: ir.Value | None) -> None:
-                    b.store(lanes.load_part(b.gep(sums, [offset]), mask), value)
-                    for present, base in ((has_bias, bias), (has_residual, residual)):
-                        with b.if_then(present):
-                            b.store(b.fadd(b.load(value), lanes.load_part(b.gep(base, [offset]), mask)), value)
+            def body(offset: ir.Value, mask: ir.Value | None) -> None:
+                """One vector of channels of every row: what depends on the channel alone is loaded once."""
+                b.store(lanes.constant(-0.0), term)  # x + −0 is x, for every x
+                with b.if_then(has_bias):
+                    b.store(lanes.load_part(b.gep(bias, [offset]), mask), term)
+                with cgutils.for_range(b, rows) as r:
+                    sums = b.gep(first_sum, [b.add(b.mul(r.index, step), offset)])
+                    b.store(b.fadd(lanes.load_part(sums, mask), b.load(term)), value)
+                    with b.if_then(has_residual):
+                        residual = b.gep(row_start(residual_places, r.index, first_residual), [offset])
+                        b.store(b.fadd(b.load(value), lanes.load_part(residual, mask)), value)
                     result = activations.apply(name, lanes, b.load(value), slopes)
-                    lanes.store_part(result, b.gep(to, [offset]), mask)
+                    lanes.store_part(result, b.gep(row_start(places, r.index, first_to), [offset]), mask)
 
-                vector_loop(b, lanes, count, body)
+            vector_loop(b, lanes, count, body)
 
         done = b.append_basic_block("finished")
         choice = b.switch(activation, done)

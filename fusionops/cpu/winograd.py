@@ -146,13 +146,14 @@ def place_outputs(params, outs, residuals, tile, count):
     p0, q0 = tile // tiles_q % p[at.TILES_P] * OUTPUTS, tile % tiles_q * OUTPUTS
     rows, cols = min(OUTPUTS, p[at.P] - p0), min(count * OUTPUTS, p[at.Q] - q0)
     to, residual = words(outs), words(residuals)
-    i = 0
-    for out_p in range(p0, p0 + rows):
-        for out_q in range(q0, q0 + cols):
-            to[i] = n * p[at.OUT_N] + out_p * p[at.OUT_P] + out_q * p[at.OUT_Q]
-            residual[i] = (n * p[at.RESIDUAL_N] + out_p // p[at.RESIDUAL_UP_H] * p[at.RESIDUAL_P]
-                           + out_q // p[at.RESIDUAL_UP_W] * p[at.RESIDUAL_Q])  # fmt: skip
-            i += 1
+    for i in range(rows):
+        line = n * p[at.OUT_N] + (p0 + i) * p[at.OUT_P] + q0 * p[at.OUT_Q]
+        for j in range(cols):
+            to[i * cols + j] = line + j * p[at.OUT_Q]
+        if p[at.RESIDUAL] != 0:
+            line = n * p[at.RESIDUAL_N] + (p0 + i) // p[at.RESIDUAL_UP_H] * p[at.RESIDUAL_P]
+            for j in range(cols):
+                residual[i * cols + j] = line + (q0 + j) // p[at.RESIDUAL_UP_W] * p[at.RESIDUAL_Q]
     return rows, cols
 
 
