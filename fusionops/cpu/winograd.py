@@ -9,6 +9,7 @@ channels.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +23,15 @@ from fusionops.cpu.epilogue import finish_tile, scatter_tile
 from fusionops.cpu.jit import inline, task
 from fusionops.cpu.microkernel import gemm_tile
 from fusionops.cpu.prologue import load_tile
-from fusionops.cpu.simd import elements, words
-from fusionops.cpu.tiling import WORD_BYTES, Tiling, balanced, choose_register_tile, whole_lines
+from fusionops.cpu.simd import VECTOR_BYTES, elements, words
+from fusionops.cpu.tiling import (
+    SCRATCH_LIMIT,
+    WORD_BYTES,
+    Tiling,
+    balanced,
+    choose_register_tile,
+    whole_lines,
+)
 from fusionops.cpu.transform import (
     OUTPUTS,
     PATCH,
@@ -49,9 +57,19 @@ DEPTH = 64
 # channels 2.3 and 2.7 times, with 8 channels 3.0 and 3.4 times. Where most taps fall into the padding, 3 to 6 times.
 FEWEST_CHANNELS = 32
 FEWEST_TAPS = 0.5
-TASK_TILES = 56
-RUN = 8
 TASK_FILTERS = 256
+# A task multiplies at most so many register tiles of patches with the filters it reads: few, where all transformed
+# filters stay in L2 beside a task's values and sums; more, where they come from beyond it each time.
+NEAR_TILES, FAR_TILES = 2, 5
+# What reading filters from beyond L2 costs a task of one register tile of patches, as a share of its products: tasks of
+# 2 took 1.2 times as long as tasks of 6 for 512 filters of 1024 channels, 1.0 to 1.1 times for 256 of 256 and 512.
+FAR_COST = 0.3
+# Loading and transforming a patch costs as much as multiplying it with this many filters: 2.3 ms beside 4.9 for 64
+# filters of 128 channels, 2.0 beside 24 for 512 of 1024.
+TRANSFORM_FILTERS = 40
+# Tasks are cut so that so many cores have the same to do. Fixed numbers: plans do not depend on the number of threads.
+CORES = (2, 4)
+RUN = 8
 LINE = 16  # elements of a cache line; kept between points so that they do not fall into the same sets of the caches
 TAP_WORDS = TAPS * TAPS * 64 * ITEM // WORD_BYTES  # of 64 filters: no block is wider
 AREAS = (at.AT_VALUES, at.AT_SUMS, at.AT_COPY, at.AT_FINISHED, at.AT_PIXELS, at.AT_OUT, at.AT_RESIDUAL)
@@ -96,19 +114,44 @@ class WinogradTiling(Tiling):
 
 
 def plan(spec: FusionSpec, device: CpuDevice) -> WinogradTiling:
-    """The tiling of a 3×3 convolution."""
-    conv = spec.conv
-    mr, nv = choose_register_tile(conv.K, ITEM, device, flat=True)
-    width = nv * 64 // ITEM
-    blocks = -(-conv.K // width)
+    """The tiling of a 3×3 convolution: of all that fit the scratch memory, the one that takes CORES least."""
+    return min(_tilings(spec, device), key=lambda candidate: candidate[0])[1]
+
+
+def shorter_tiles(mr: int) -> tuple[int, int]:
+    """Rows of the register tiles that end a task, where one of mr rows would be filled up by more than half."""
+    return (mr + 2) // 2, (mr + 2) // 4
+
+
+def _tilings(spec: FusionSpec, device: CpuDevice) -> Iterator[tuple[float, WinogradTiling]]:
+    """Ways to cut the problem up, each with what it takes: products, those that cores wait for included.
+
+    What decides how filters are packed depends on the filters alone: they are packed once for maps of every size.
+    """
+    K, C = spec.conv.K, spec.C
     tiles = spec.N * -(-spec.P // OUTPUTS) * -(-spec.Q // OUTPUTS)
-    task_tiles = min(tiles, balanced(-(-tiles // mr), TASK_TILES // mr) * mr)
-    depth = min(spec.C, LINE * balanced(-(-spec.C // LINE), DEPTH // LINE))
-    return WinogradTiling(
-        bits=BITS, mr=mr, nv=nv, depth=depth, chunks=-(-spec.C // depth), blocks=blocks,
-        task_blocks=balanced(blocks, max(1, TASK_FILTERS // width)), packed_elements=POINTS * blocks * width * spec.C,
-        tiles=task_tiles, row_tiles=min(RUN, -(-spec.Q // OUTPUTS)),
-    )  # fmt: skip
+    depth = min(C, LINE * balanced(-(-C // LINE), DEPTH // LINE))
+    mr, nv = choose_register_tile(K, ITEM, device, flat=True)
+    width = nv * VECTOR_BYTES // ITEM
+    blocks = -(-K // width)
+    packed = POINTS * blocks * width * C
+    is_near = packed * ITEM <= device.l2_bytes
+    half, quarter = shorter_tiles(mr)
+    for per_task in range(NEAR_TILES if is_near else FAR_TILES, 0, -1):
+        groups = -(-tiles // (per_task * mr))
+        task_tiles = -(-tiles // groups)
+        whole, rest = divmod(task_tiles, mr)
+        rows = whole * mr + (0 if rest == 0 else quarter if rest <= quarter else half if rest <= half else mr)
+        for task_blocks in range(max(1, min(blocks, TASK_FILTERS // width)), 0, -1):
+            tiling = WinogradTiling(
+                bits=BITS, mr=mr, nv=nv, depth=depth, chunks=-(-C // depth), blocks=blocks, task_blocks=task_blocks,
+                packed_elements=packed, tiles=task_tiles, row_tiles=min(RUN, -(-spec.Q // OUTPUTS)),
+            )  # fmt: skip
+            if tiling.scratch_bytes <= SCRATCH_LIMIT:
+                tasks = groups * -(-blocks // task_blocks)
+                rounds = sum(-(-tasks // cores) * cores for cores in CORES)
+                far = 0.0 if is_near else FAR_COST * mr / rows
+                yield rounds * rows * (task_blocks * width + TRANSFORM_FILTERS) * (1 + far), tiling
 
 
 def cut(spec: FusionSpec, tiling: WinogradTiling, words: Words, filters: Strides | None) -> tuple[int, bool]:
@@ -160,7 +203,8 @@ def place_outputs(params, outs, residuals, tile, count):
 @functools.cache
 def winograd_task(mr: int, nv: int) -> int:
     """Address of the task compiled for one register tile."""
-    width = nv * 512 // BITS
+    width = nv * VECTOR_BYTES // ITEM
+    half, quarter = shorter_tiles(mr)
 
     def winograd(params, index, slot):
         p = words(params)
@@ -200,11 +244,19 @@ def winograd_task(mr: int, nv: int) -> int:
                     if block + 1 == block1:
                         following = panels + ((point + 1) * p[at.BLOCKS] + block0) * panel_bytes
                     to = sums + ((block - block0) * POINTS + point) * point_sums * ITEM
-                    for g in range(groups):
-                        near = values + (point * point_values + (g + 1) * mr * depth) * ITEM
-                        gemm_tile(BITS, mr, nv, values + point * point_values * ITEM, pixels + g * mr * 8, depth,
-                                  1, 0, 0, 1, 0, 0, depth, panel, width, to + g * mr * width * ITEM, c0,
-                                  following + g * depth * step, step, near, mr * ITEM)  # fmt: skip
+                    a = values + point * point_values * ITEM
+                    for row in range(0, last - first, mr):
+                        here, near = pixels + row * 8, a + (row + mr) * depth * ITEM
+                        c, ahead = to + row * width * ITEM, following + row // mr * depth * step
+                        if last - first - row > half:
+                            gemm_tile(BITS, mr, nv, a, here, depth, 1, 0, 0, 1, 0, 0, depth, panel, width, c, c0,
+                                      ahead, step, near, mr * ITEM)  # fmt: skip
+                        elif last - first - row > quarter:
+                            gemm_tile(BITS, half, nv, a, here, depth, 1, 0, 0, 1, 0, 0, depth, panel, width, c, c0,
+                                      ahead, step, near, mr * ITEM)  # fmt: skip
+                        else:
+                            gemm_tile(BITS, quarter, nv, a, here, depth, 1, 0, 0, 1, 0, 0, depth, panel, width, c, c0,
+                                      ahead, step, near, mr * ITEM)  # fmt: skip
 
         tile = first
         while tile < last:
