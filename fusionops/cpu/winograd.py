@@ -1,6 +1,6 @@
 """3×3 convolutions of stride 1 by Winograd's F(4×4, 3×3): 36 products for 16 outputs, where the taps need 144.
 
-A task owns TASK_TILES tiles of 4×4 outputs, in row order over all images, and TASK_BLOCKS filter blocks. For each chunk
+A task owns TASK_TILES tiles of 4×4 outputs, in the order of `locate`, and TASK_BLOCKS filter blocks. For each chunk
 of channels it loads the merged patches, transforms them, and multiplies them with the transformed filters point by
 point; then it transforms the sums into outputs and finishes them. Order of the sum: chunks of channels, in each the
 channels.
@@ -61,9 +61,9 @@ TASK_FILTERS = 256
 # A task multiplies at most so many register tiles of patches with the filters it reads: few, where all transformed
 # filters stay in L2 beside a task's values and sums; more, where they come from beyond it each time.
 NEAR_TILES, FAR_TILES = 2, 5
-# What reading filters from beyond L2 costs a task of one register tile of patches, as a share of its products: tasks of
-# 2 took 1.2 times as long as tasks of 6 for 512 filters of 1024 channels, 1.0 to 1.1 times for 256 of 256 and 512.
-FAR_COST = 0.3
+# What reading filters costs a task of one register tile of patches, as a share of its products: tasks of 2 took 1.2
+# times as long as tasks of 6 for 512 filters of 1024 channels, 1.0 to 1.1 times for 256 filters of 256 and 512.
+FAR_COST, NEAR_COST = 0.3, 0.1
 # Loading and transforming a patch costs as much as multiplying it with this many filters: 2.3 ms beside 4.9 for 64
 # filters of 128 channels, 2.0 beside 24 for 512 of 1024.
 TRANSFORM_FILTERS = 40
@@ -79,7 +79,8 @@ AREAS = (at.AT_VALUES, at.AT_SUMS, at.AT_COPY, at.AT_FINISHED, at.AT_PIXELS, at.
 class WinogradTiling(Tiling):
     """A 3×3 convolution by tiles of 4×4 outputs.
 
-    tiles        of a task; row_tiles of them at most are loaded at a time, side by side
+    tiles      of a task
+    row_tiles  at most so many, side by side, are loaded at a time: the width of a strip
     """
 
     tiles: int
@@ -145,13 +146,13 @@ def _tilings(spec: FusionSpec, device: CpuDevice) -> Iterator[tuple[float, Winog
         for task_blocks in range(max(1, min(blocks, TASK_FILTERS // width)), 0, -1):
             tiling = WinogradTiling(
                 bits=BITS, mr=mr, nv=nv, depth=depth, chunks=-(-C // depth), blocks=blocks, task_blocks=task_blocks,
-                packed_elements=packed, tiles=task_tiles, row_tiles=min(RUN, -(-spec.Q // OUTPUTS)),
+                packed_elements=packed, tiles=task_tiles, row_tiles=balanced(-(-spec.Q // OUTPUTS), RUN),
             )  # fmt: skip
             if tiling.scratch_bytes <= SCRATCH_LIMIT:
                 tasks = groups * -(-blocks // task_blocks)
                 rounds = sum(-(-tasks // cores) * cores for cores in CORES)
-                far = 0.0 if is_near else FAR_COST * mr / rows
-                yield rounds * rows * (task_blocks * width + TRANSFORM_FILTERS) * (1 + far), tiling
+                reading = (NEAR_COST if is_near else FAR_COST) * mr / rows
+                yield rounds * rows * (task_blocks * width + TRANSFORM_FILTERS) * (1 + reading), tiling
 
 
 def cut(spec: FusionSpec, tiling: WinogradTiling, words: Words, filters: Strides | None) -> tuple[int, bool]:
@@ -167,12 +168,28 @@ def cut(spec: FusionSpec, tiling: WinogradTiling, words: Words, filters: Strides
 
 
 @inline
-def load_patches(params, region, tile, count, c0, depth):
+def locate(params, tile, last):
+    """Image, first output row and column of a tile, and how many tiles from it on, before `last`, lie side by side.
+
+    Tiles are numbered along the rows of strips ROW_TILES wide, strip after strip, image after image: tiles that follow
+    one another share the rows between them while these are in the caches.
+    """
+    p = words(params)
+    tiles_p, tiles_q, strip = p[at.TILES_P], p[at.TILES_Q], p[at.ROW_TILES]
+    n, here = tile // (tiles_p * tiles_q), tile % (tiles_p * tiles_q)
+    column = here // (tiles_p * strip) * strip
+    strip = min(strip, tiles_q - column)
+    here -= column * tiles_p
+    count = min(strip - here % strip, last - tile)
+    return n, here // strip * OUTPUTS, (column + here % strip) * OUTPUTS, count
+
+
+@inline
+def load_patches(params, region, n, p0, q0, count, c0, depth):
     """The merged map under `count` tiles side by side, one pixel beyond them on each side; 0 outside the map."""
     p = words(params)
-    tiles_q, pitch = p[at.TILES_Q], p[at.PITCH]
-    n, row, column = tile // tiles_q // p[at.TILES_P], tile // tiles_q % p[at.TILES_P], tile % tiles_q
-    h0, w0 = row * OUTPUTS - p[at.PAD_TOP], column * OUTPUTS - p[at.PAD_LEFT]
+    pitch = p[at.PITCH]
+    h0, w0 = p0 - p[at.PAD_TOP], q0 - p[at.PAD_LEFT]
     cols = count * OUTPUTS + 2
     if h0 < 0 or w0 < 0 or h0 + PATCH > p[at.H] or w0 + cols > p[at.W]:
         clear(BITS, region, PATCH * pitch * depth)
@@ -181,12 +198,9 @@ def load_patches(params, region, tile, count, c0, depth):
 
 
 @inline
-def place_outputs(params, outs, residuals, tile, count):
+def place_outputs(params, outs, residuals, n, p0, q0, count):
     """Fills the tables of the output pixels of `count` tiles side by side, row by row; returns rows and columns."""
     p = words(params)
-    tiles_q = p[at.TILES_Q]
-    n = tile // tiles_q // p[at.TILES_P]
-    p0, q0 = tile // tiles_q % p[at.TILES_P] * OUTPUTS, tile % tiles_q * OUTPUTS
     rows, cols = min(OUTPUTS, p[at.P] - p0), min(count * OUTPUTS, p[at.Q] - q0)
     to, residual = words(outs), words(residuals)
     for i in range(rows):
@@ -227,8 +241,8 @@ def winograd_task(mr: int, nv: int) -> int:
             depth = min(p[at.DEPTH], p[at.C] - c0)
             tile = first
             while tile < last:
-                count = min(p[at.ROW_TILES], last - tile, p[at.TILES_Q] - tile % p[at.TILES_Q])
-                load_patches(params, region, tile, count, c0, depth)
+                n, p0, q0, count = locate(params, tile, last)
+                load_patches(params, region, n, p0, q0, count, c0, depth)
                 for i in range(count):
                     to = values + (tile + i - first) * depth * ITEM
                     input_transform(BITS, to, PATCH * point_values, point_values,
@@ -260,8 +274,8 @@ def winograd_task(mr: int, nv: int) -> int:
 
         tile = first
         while tile < last:
-            count = min(p[at.ROW_TILES], last - tile, p[at.TILES_Q] - tile % p[at.TILES_Q])
-            rows, cols = place_outputs(params, outs, residuals, tile, count)
+            n, p0, q0, count = locate(params, tile, last)
+            rows, cols = place_outputs(params, outs, residuals, n, p0, q0, count)
             for block in range(block0, block1):
                 k0 = block * width
                 used = min(width, p[at.K] - k0)
