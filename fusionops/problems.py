@@ -364,6 +364,7 @@ REWRITTEN = (
     *conv_both("winograd_chunk_of_channels_plus_one", 65, 20, H=6, W=5, **WINOGRAD),
     *conv_both("winograd_many_channels", 300, 20, H=5, W=5, **WINOGRAD),
     *conv_both("winograd_many_filters", 32, 600, H=5, W=3, **WINOGRAD),
+    *conv_both("winograd_whole_blocks", 32, 320, H=6, W=9, residual=Part(320, weight="vector"), **WINOGRAD),
     *conv_both("winograd_without_bias", 32, 10, bias=False, **WINOGRAD),
     *conv_both("winograd_residual", 32, 10, residual=Part(10), activation=RELU, **WINOGRAD),
     *conv_both("winograd_residual_upsampled", 32, 10, H=6, W=8, residual=Part(10, (2, 2), "vector"), **WINOGRAD),

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from fusionops import cpu, reference
-from fusionops.cpu import threads
+from fusionops.cpu import stream, threads
 from fusionops.device import CPU_PROFILES
 from fusionops.kernel import Filters, Kernel, Operands
 from fusionops.problems import PROBLEMS, Problem, conv
@@ -242,6 +242,18 @@ def test_the_number_of_threads_does_not_change_bits(kernel, problem, monkeypatch
             assert_same_bits(execute(kernel, spec, operands), serial)
     finally:
         cpu.set_num_threads(before)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "crop", "unaligned", "step", "last_axis_second"])
+@every_rewrite
+def test_stores_around_the_caches_do_not_change_bits(kernel, problem, layout, monkeypatch):
+    """Only large outputs are stored so; here all are whose filters fill whole blocks."""
+    spec = problem.spec
+    operands = random_operands(spec, rng_of(problem))
+    plain = execute(kernel, spec, operands, layout)
+    monkeypatch.setattr(stream, "STREAM_BYTES", 0)
+    assert kernel.plan(spec, cpu.device()).around == (spec.conv.K % kernel.plan(spec, cpu.device()).width == 0)
+    assert_same_bits(execute(kernel, spec, operands, layout), plain)
 
 
 @every_contraction

@@ -169,8 +169,8 @@ def conv_task(bits: int, mr: int, nv: int) -> int:
                               inner, p[at.DILATION_W] * depth, depth, run, b, row, sums, c0,
                               following + g * share, step, near, near_step)  # fmt: skip
                     if is_last:
-                        finish_tile(bits, params, sums, outs + g * mr * 8, residuals + g * mr * 8, copy,
-                                    groups[head + 4], k0, used)  # fmt: skip
+                        finish_tile(bits, params, sums, width, outs + g * mr * 8, residuals + g * mr * 8, copy,
+                                    groups[head + 4], k0, used, p[at.OUT_K] != 1)  # fmt: skip
                 if is_last and p[at.OUT_K] != 1:
                     sums = scratch + p[at.AT_SUMS] + kept_blocks * (block - block0) * count * tile_bytes
                     scatter_tile(bits, params, sums, outs, count * mr, k0, used)

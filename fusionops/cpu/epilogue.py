@@ -112,23 +112,23 @@ def load_residual(bits, params, to, pixel, first, count):
 
 
 @inline
-def finish_tile(bits, params, sums, out_at, residual_at, copy, count, k0, channels):
-    """Finishes `count` pixels for `channels` filters from k0 on: to an output contiguous along k, else in place."""
+def finish_tile(bits, params, sums, step, out_at, residual_at, copy, count, k0, channels, in_place):
+    """Finishes `count` pixels, `step` apart, for `channels` filters from k0 on: in place, or to the output."""
     p = words(params)
-    item, width = bits // 8, p[at.WIDTH]
+    item = bits // 8
     bias = p[at.BIAS] + k0 * item if p[at.BIAS] != 0 else 0
     to, places = sums, 0
-    if p[at.OUT_K] == 1:
+    if not in_place:
         to, places = p[at.OUT] + k0 * item, out_at
     residual = 0
     if p[at.RESIDUAL] != 0:
         if p[at.RESIDUAL_K] != 1 or p[at.RESIDUAL_WEIGHT] != at.WEIGHT_NONE:
             for i in range(count):
-                load_residual(bits, params, copy + i * width * item, words(residual_at)[i], k0, channels)
+                load_residual(bits, params, copy + i * step * item, words(residual_at)[i], k0, channels)
             residual, residual_at = copy, 0
         else:
             residual = p[at.RESIDUAL] + k0 * item
-    finish_rows(bits, count, to, places, sums, width, channels, bias, residual, residual_at,
+    finish_rows(bits, count, to, places, sums, step, channels, bias, residual, residual_at,
                 p[at.ACTIVATION], doubles(params)[at.SLOPE])  # fmt: skip
 
 

@@ -25,7 +25,7 @@ from fusionops.spec import FusionSpec
 PACKING_FLOPS = 32.0  # what computes as long as one element is packed: 4 bytes at 16 GB/s against 120 GFLOP/s
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Algorithm:
     """One way to compute a contraction: how it cuts the work up, and the code of its tasks.
 

@@ -52,8 +52,9 @@ FILTER_BLOCK = 56  # from one filter block to the next
 TILES, TASK_TILES, ROW_TILES = 57, 58, 59  # of all images; of a task; loaded at a time
 POINT_VALUES, POINT_SUMS = 60, 61  # elements from one point to the next, of transformed patches and of sums
 AT_VALUES, AT_FINISHED = 62, 63
+AROUND = 64  # 1: outputs of all filters of a task are gathered and then stored around the caches
 
-SOURCES = 64
+SOURCES = 66  # the words between are free
 SOURCE_WORDS = 12  # the last one is free
 S_BASE, S_N, S_H, S_W, S_C = 0, 1, 2, 3, 4
 S_UP_H, S_UP_W = 5, 6

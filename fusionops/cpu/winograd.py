@@ -9,6 +9,7 @@ channels.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,7 @@ from fusionops.cpu.jit import inline, task
 from fusionops.cpu.microkernel import gemm_tile
 from fusionops.cpu.prologue import load_tile
 from fusionops.cpu.simd import VECTOR_BYTES, elements, words
+from fusionops.cpu.streaming import copy_around
 from fusionops.cpu.tiling import (
     SCRATCH_LIMIT,
     WORD_BYTES,
@@ -81,10 +83,12 @@ class WinogradTiling(Tiling):
 
     tiles      of a task
     row_tiles  at most so many, side by side, are loaded at a time: the width of a strip
+    around     whether outputs are stored around the caches, for all filters of a task at once
     """
 
     tiles: int
     row_tiles: int
+    around: bool
 
     __hash__ = Tiling.__hash__
 
@@ -102,12 +106,13 @@ class WinogradTiling(Tiling):
     def areas(self) -> tuple[int, ...]:
         """Of the merged patches, their transforms, sums, a residual, finished outputs, and three tables of pixels."""
         pixels = OUTPUTS * (OUTPUTS * self.row_tiles + 1)
+        finished = pixels * self.width * (self.task_blocks if self.around else 1) * ITEM
         return whole_lines((
             PATCH * (OUTPUTS * self.row_tiles + 2) * self.depth * ITEM,
             POINTS * self.point_values * ITEM,
             self.task_blocks * POINTS * self.point_sums * ITEM,
-            pixels * self.width * ITEM,
-            pixels * self.width * ITEM,
+            finished,
+            finished,
             -(-self.tiles // self.mr) * self.mr * WORD_BYTES,
             pixels * WORD_BYTES,
             pixels * WORD_BYTES,
@@ -147,6 +152,7 @@ def _tilings(spec: FusionSpec, device: CpuDevice) -> Iterator[tuple[float, Winog
             tiling = WinogradTiling(
                 bits=BITS, mr=mr, nv=nv, depth=depth, chunks=-(-C // depth), blocks=blocks, task_blocks=task_blocks,
                 packed_elements=packed, tiles=task_tiles, row_tiles=balanced(-(-spec.Q // OUTPUTS), RUN),
+                around=math.prod(spec.out_shape) * ITEM >= stream.STREAM_BYTES and K % width == 0,
             )  # fmt: skip
             if tiling.scratch_bytes <= SCRATCH_LIMIT:
                 tasks = groups * -(-blocks // task_blocks)
@@ -162,6 +168,7 @@ def cut(spec: FusionSpec, tiling: WinogradTiling, words: Words, filters: Strides
     words[[at.TILES_P, at.TILES_Q, at.TILES, at.TASK_TILES, at.ROW_TILES]] = (
         tiles_p, tiles_q, tiles, tiling.tiles, tiling.row_tiles)  # fmt: skip
     words[at.PITCH] = OUTPUTS * tiling.row_tiles + 2
+    words[at.AROUND] = tiling.around and words[at.OUT_K] == 1
     words[[at.POINT_VALUES, at.POINT_SUMS]] = tiling.point_values, tiling.point_sums
     words[list(AREAS)] = np.cumsum(tiling.areas)[:-1]
     return -(-tiles // tiling.tiles) * -(-tiling.blocks // tiling.task_blocks), False
@@ -212,6 +219,16 @@ def place_outputs(params, outs, residuals, n, p0, q0, count):
             for j in range(cols):
                 residual[i * cols + j] = line + (q0 + j) // p[at.RESIDUAL_UP_W] * p[at.RESIDUAL_Q]
     return rows, cols
+
+
+@inline
+def store_around(params, finished, outs, rows, cols, k0, count):
+    """Stores `count` filters of finished pixels around the caches, a line of pixels at once where that is all."""
+    p = words(params)
+    to = words(outs)
+    at_once = cols if p[at.OUT_Q] == count else 1
+    for i in range(0, rows * cols, at_once):
+        copy_around(p[at.OUT] + (to[i] + k0) * ITEM, finished + i * count * ITEM, at_once * count * ITEM)
 
 
 @functools.cache
@@ -272,7 +289,7 @@ def winograd_task(mr: int, nv: int) -> int:
                             gemm_tile(BITS, quarter, nv, a, here, depth, 1, 0, 0, 1, 0, 0, depth, panel, width, c, c0,
                                       ahead, step, near, mr * ITEM)  # fmt: skip
 
-        tile = first
+        tile, pixel = first, (block1 - block0) * width if p[at.AROUND] else width  # from one finished pixel to the next
         while tile < last:
             n, p0, q0, count = locate(params, tile, last)
             rows, cols = place_outputs(params, outs, residuals, n, p0, q0, count)
@@ -280,13 +297,17 @@ def winograd_task(mr: int, nv: int) -> int:
                 k0 = block * width
                 used = min(width, p[at.K] - k0)
                 start = sums + ((block - block0) * POINTS * point_sums + (tile - first) * width) * ITEM
+                aside = (block - block0) * width * ITEM if p[at.AROUND] else 0
                 # Columns beyond the map land in the next row, which the tile that owns them writes afterwards.
                 for i in range(count - 1, -1, -1):
-                    output_transform(BITS, finished + i * OUTPUTS * width * ITEM, cols * width, width,
+                    output_transform(BITS, finished + aside + i * OUTPUTS * pixel * ITEM, cols * pixel, pixel,
                                      start + i * width * ITEM, PATCH * point_sums, point_sums, width)  # fmt: skip
-                finish_tile(BITS, params, finished, outs, residuals, copy, rows * cols, k0, used)
+                finish_tile(BITS, params, finished + aside, pixel, outs, residuals, copy + aside, rows * cols, k0, used,
+                            p[at.OUT_K] != 1 or p[at.AROUND])  # fmt: skip
                 if p[at.OUT_K] != 1:
                     scatter_tile(BITS, params, finished, outs, rows * cols, k0, used)
+            if p[at.AROUND]:
+                store_around(params, finished, outs, rows, cols, block0 * width, pixel)
             tile += count
 
     return task(winograd)
