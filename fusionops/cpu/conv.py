@@ -136,44 +136,48 @@ def conv_task(bits: int, mr: int, nv: int) -> int:
             is_last = c0 + depth == channels
             load_tile(bits, params, scratch, p[at.PITCH], n, h0, p[at.ROWS], w0, p[at.COLS],
                       group * channels + c0, depth)  # fmt: skip
-            for block in range(block0, block1):
+            blocks, rows_first = block1 - block0, p[at.ROWS_FIRST]
+            for turn in range(blocks * count):  # every filter block with every register tile of pixels
+                block, g = (
+                    (block0 + turn % blocks, turn // blocks) if rows_first else (block0 + turn // count, turn % count)
+                )
                 panel = (p[at.FILTERS] + (group * p[at.BLOCKS] + block) * block_step
                          + p[at.R] * p[at.S] * c0 * row * item)  # fmt: skip
                 k0, used = group * filters + block * width, min(width, filters - block * width)
                 # While this block is multiplied the next comes to L2: the task's next, or the first of the next chunk.
                 following, step = panel, 0
-                if block + 1 < block1:
+                if rows_first:
+                    pass
+                elif block + 1 < block1:
                     following, step = panel + block_step, width * item // count + 1
                 elif not is_last:
                     following = (p[at.FILTERS] + (group * p[at.BLOCKS] + block0) * block_step
                                  + p[at.R] * p[at.S] * (c0 + depth) * row * item)  # fmt: skip
                     step = width * item // count + 1
                 share = p[at.R] * p[at.S] * depth * step
-                for g in range(count):
-                    head = g * GROUP_WORDS
-                    r0, r1, s0, s1 = groups[head], groups[head + 1], groups[head + 2], groups[head + 3]
-                    a = scratch + (r0 * p[at.DILATION_H] * p[at.PITCH] + s0 * p[at.DILATION_W]) * depth * item
-                    b = panel + (r0 * p[at.S] + s0) * depth * row * item
-                    sums = (
-                        scratch + p[at.AT_SUMS] + (kept_blocks * (block - block0) * count + kept_tiles * g) * tile_bytes
-                    )
-                    a_row, b_row = p[at.DILATION_H] * p[at.PITCH] * depth, p[at.S] * depth
-                    inner, run = s1 - s0, depth
-                    if dense_rows:  # neighbouring taps are neighbours in the tile and in the panel: one longer run
-                        inner, run = 1, (s1 - s0) * depth
-                    if is_last:
-                        ask_for_output(bits, params, outs + g * mr * 8, residuals + g * mr * 8,
-                                       groups[head + 4], k0, used)  # fmt: skip
-                    near = a + pixel[(g + 1) % count * mr] * depth * item
-                    gemm_tile(bits, mr, nv, a, pixels + g * mr * 8, depth, r1 - r0, a_row, b_row,
-                              inner, p[at.DILATION_W] * depth, depth, run, b, row, sums, c0,
-                              following + g * share, step, near, near_step)  # fmt: skip
-                    if is_last:
-                        finish_tile(bits, params, sums, width, outs + g * mr * 8, residuals + g * mr * 8, copy,
-                                    groups[head + 4], k0, used, p[at.OUT_K] != 1)  # fmt: skip
-                if is_last and p[at.OUT_K] != 1:
-                    sums = scratch + p[at.AT_SUMS] + kept_blocks * (block - block0) * count * tile_bytes
-                    scatter_tile(bits, params, sums, outs, count * mr, k0, used)
+                head = g * GROUP_WORDS
+                r0, r1, s0, s1 = groups[head], groups[head + 1], groups[head + 2], groups[head + 3]
+                a = scratch + (r0 * p[at.DILATION_H] * p[at.PITCH] + s0 * p[at.DILATION_W]) * depth * item
+                b = panel + (r0 * p[at.S] + s0) * depth * row * item
+                kept = (kept_blocks * (block - block0) * count + kept_tiles * g) * tile_bytes
+                sums = scratch + p[at.AT_SUMS] + kept
+                a_row, b_row = p[at.DILATION_H] * p[at.PITCH] * depth, p[at.S] * depth
+                inner, run = s1 - s0, depth
+                if dense_rows:  # neighbouring taps are neighbours in the tile and in the panel: one longer run
+                    inner, run = 1, (s1 - s0) * depth
+                if is_last:
+                    ask_for_output(bits, params, outs + g * mr * 8, residuals + g * mr * 8,
+                                   groups[head + 4], k0, used)  # fmt: skip
+                near = a + pixel[(g + 1) % count * mr] * depth * item
+                gemm_tile(bits, mr, nv, a, pixels + g * mr * 8, depth, r1 - r0, a_row, b_row,
+                          inner, p[at.DILATION_W] * depth, depth, run, b, row, sums, c0,
+                          following + g * share, step, near, near_step)  # fmt: skip
+                if is_last:
+                    finish_tile(bits, params, sums, width, outs + g * mr * 8, residuals + g * mr * 8, copy,
+                                groups[head + 4], k0, used, p[at.OUT_K] != 1)  # fmt: skip
+                    if p[at.OUT_K] != 1 and g + 1 == count:
+                        sums = scratch + p[at.AT_SUMS] + kept_blocks * (block - block0) * count * tile_bytes
+                        scatter_tile(bits, params, sums, outs, count * mr, k0, used)
 
     return task(conv)
 
