@@ -81,7 +81,9 @@ def backend(name: str) -> Backend:
 
 
 def select(spec: FusionSpec, name: str) -> Kernel:
-    """The kernel of backend `name` that runs `spec`: the first in its table that can.
+    """The kernel of backend `name` that runs `spec`: the first in its table that can and is not slow at it.
+
+    Where all that can are slow, the first of them.
 
     Raises BackendError if the machine cannot run the backend, UnsupportedError with every reason if no kernel can.
     """
@@ -89,9 +91,12 @@ def select(spec: FusionSpec, name: str) -> Kernel:
     if chosen.unusable:
         reasons = "\n".join(f"  {name}: {reason}" for reason in chosen.unusable)
         raise BackendError(f"the {name} backend cannot be used\n{reasons}\n{_LAST_RESORT}")
-    for kernel in chosen.kernels:
-        if not kernel.unsupported(spec):
+    able = [kernel for kernel in chosen.kernels if not kernel.unsupported(spec)]
+    for kernel in able:
+        if not kernel.slow(spec):
             return kernel
+    if able:
+        return able[0]
     raise UnsupportedError(_refusal(spec, chosen))
 
 
@@ -162,7 +167,7 @@ def explain(call: Call, requested: str | None) -> Explanation:
     name = "cpu" if requested is None else _named(call.op, requested)
     kernel, config = _planned(call.judgement, name)
     others = tuple(
-        (other.name, other.unsupported(spec) or ("could run it, but stands later in the table",))
+        (other.name, other.unsupported(spec) or other.slow(spec) or ("could run it, but stands later in the table",))
         for other in backend(name).kernels
         if other is not kernel
     )

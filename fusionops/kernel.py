@@ -80,6 +80,7 @@ class Kernel:
     """An implementation of a region of the family.
 
     unsupported(spec)   every reason it cannot run `spec` correctly, however slow: preference is dispatch's
+    slow(spec)          every reason why a kernel further down the table is likely to run it faster
     plan(spec, device)  how it would run; pure
     run(spec, config, operands, out)   writes out; validates nothing, decides nothing
     """
@@ -88,3 +89,4 @@ class Kernel:
     unsupported: Callable[[FusionSpec], tuple[str, ...]]
     plan: Callable[[FusionSpec, Any], Config]
     run: Callable[[FusionSpec, Any, Operands, Array], None]
+    slow: Callable[[FusionSpec], tuple[str, ...]] = lambda spec: ()

@@ -34,6 +34,7 @@ class Fake:
     name: str
     writes: float
     reasons: tuple[str, ...] = ()
+    slow: tuple[str, ...] = ()
     asked: int = 0
     planned: list[FusionSpec] = field(default_factory=list)
 
@@ -52,7 +53,7 @@ class Fake:
             if operands.merged is not None:
                 operands.merged[...] = -self.writes
 
-        return Kernel(self.name, unsupported, plan, run)
+        return Kernel(self.name, unsupported, plan, run, lambda spec: self.slow)
 
 
 @pytest.fixture
@@ -74,6 +75,17 @@ def pretend(monkeypatch):
 def test_first_kernel_that_can_runs(pretend):
     pretend(Fake("cpu.first", 1.0, ("too small",)), Fake("cpu.second", 2.0), Fake("cpu.third", 3.0))
     assert (fo.add_conv([X], F) == 2.0).all()
+
+
+def test_a_slow_kernel_leaves_the_problem_to_a_later_one(pretend):
+    pretend(Fake("cpu.first", 1.0, slow=("far too small",)), Fake("cpu.second", 2.0, ("no",)), Fake("cpu.third", 3.0))
+    assert (fo.add_conv([X], F) == 3.0).all()
+    assert fo.explain("add_conv", [X], F).others[0] == ("cpu.first", ("far too small",))
+
+
+def test_where_all_are_slow_the_first_runs(pretend):
+    pretend(Fake("cpu.first", 1.0, slow=("too small",)), Fake("cpu.second", 2.0, slow=("too large",)))
+    assert (fo.add_conv([X], F) == 1.0).all()
 
 
 def test_choice_is_made_once(pretend):
@@ -211,7 +223,7 @@ def test_precision_is_refused_where_it_does_not_exist():
 
 
 ONE = full(1, 1, 4, 5)
-WIDE, WIDE_F, DOT = full(1, 6, 5, 32), full(3, 3, 32, 5), full(1, 1, 1, 32)
+WIDE, WIDE_F, DOT = full(1, 22, 20, 32), full(3, 3, 32, 5), full(1, 1, 1, 32)
 CHOSEN = [
     ("add_f32", lambda: fo.explain(fo.add, [X, X]), "cpu.add_fprop_stream_f32"),
     ("add_f64", lambda: fo.explain(fo.add, [full(3, dtype=np.float64)]), "cpu.add_fprop_stream_f64"),
@@ -227,6 +239,7 @@ CHOSEN = [
     ("strict", lambda: fo.explain(fo.add_conv, [WIDE], WIDE_F, strict=True), "cpu.add_conv_fprop_direct_f32"),
     ("strided", lambda: fo.explain(fo.add_conv, [WIDE], WIDE_F, stride=2), "cpu.add_conv_fprop_direct_f32"),
     ("dilated", lambda: fo.explain(fo.add_conv, [WIDE], WIDE_F, dilation=2), "cpu.add_conv_fprop_direct_f32"),
+    ("few_tiles", lambda: fo.explain(fo.add_conv, [WIDE[:, 4:]] * 9, WIDE_F), "cpu.add_conv_fprop_direct_f32"),
     ("few_taps", lambda: fo.explain(fo.add_conv, [DOT], WIDE_F, padding=1), "cpu.add_conv_fprop_direct_f32"),
     ("pointwise", lambda: fo.explain(fo.add_conv, [X, X], ONE), "cpu.add_conv_fprop_gemm_f32"),
     ("pointwise_same", lambda: fo.explain(fo.concat_conv, [X], ONE, padding="same"), "cpu.concat_conv_fprop_gemm_f32"),

@@ -11,7 +11,7 @@ from pathlib import Path
 import llvmlite.binding
 import numba
 
-from fusionops.cpu import conv, jit, streaming, threads, winograd
+from fusionops.cpu import conv, jit, streaming, threads, winograd_task
 from fusionops.cpu.tiling import register_tiles
 from fusionops.device import KIB, MIB, CpuDevice
 
@@ -99,9 +99,9 @@ def warmup(progress: Callable[[int, int, str], None] | None = None) -> None:
         steps.append((f"filter packing {name}", functools.partial(conv.pack_task, bits)))
         for mr, nv in register_tiles(device()):
             steps.append((f"convolution {name} {mr}x{nv}", functools.partial(conv.conv_task, bits, mr, nv)))
-            if bits == winograd.BITS:
-                steps.append((f"winograd {name} {mr}x{nv}", functools.partial(winograd.winograd_task, mr, nv)))
-    steps.append(("winograd filter packing", winograd.pack_task))
+            if bits == winograd_task.BITS:
+                steps.append((f"winograd {name} {mr}x{nv}", functools.partial(winograd_task.winograd_task, mr, nv)))
+    steps.append(("winograd filter packing", winograd_task.pack_task))
     steps.append(("concat", streaming.concat_task))
     for done, (what, compile_it) in enumerate(steps):
         if progress:
