@@ -147,7 +147,8 @@ def four_ways(rows: Sequence[Row], machine: Mapping[str, Any]) -> Table:
 def legend(rounds: int) -> str:
     return (
         "moved: every array once, counted. extra, RSS: the most memory a call holds beside maps, filters and result, "
-        "as allocated and as resident. peak, mem: shares of the FLOP rate and the copy rate above. "
+        "as allocated and as resident. peak, mem: shares of the FLOP rate and the copy rate above; "
+        "GFLOP counts every tap, so Winograd, which multiplies less, may pass 100 %. "
         f"time: median of {rounds} interleaved rounds, filters packed beforehand."
     )
 
