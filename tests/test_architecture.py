@@ -54,7 +54,7 @@ COMPILERS = {"njit", "jit", "cfunc", "vectorize", "guvectorize", "generated_jit"
 
 KERNEL_NAME = re.compile(
     r"(cpu|gpu)\.(?P<merge>add|concat)(_(?P<contraction>conv|dense))?_(?P<direction>fprop|dgrad|wgrad)"
-    r"_(?P<algorithm>stream|direct|gemm|igemm|winograd)(_(?P<target>sm80|sm90))?_(?P<dtype>f16|bf16|f32|f64|any)"
+    r"_(?P<algorithm>stream|direct|gemm|igemm|winograd|depthwise)(_(?P<target>sm80|sm90))?_(?P<dtype>f16|bf16|f32|f64|any)"
 )
 # An ignored check names what it ignores and, in the same line, why.
 BARE_IGNORE = re.compile(r"#\s*noqa(?!: [A-Z]+\d+(, [A-Z]+\d+)*  ?\S)|#\s*type:\s*ignore(?!\[[\w, -]+\]  # \S)")
@@ -293,18 +293,20 @@ def test_import_works_without_numba_and_cupy():
 def test_import_is_cheap():
     """Less than 50 ms over NumPy, of processor time, the least of some: what else the machine does only adds to it.
 
-    A virtual machine may run at half its speed for minutes, so the time is that of one which imports NumPy in 0.16 s
-    of processor time; there fusionops takes 0.025 s.
+    A virtual machine may run at half its speed for minutes, so the time is that of one which imports some modules of
+    the standard library in 0.064 s of processor time; where they take 0.1 s, fusionops takes 0.04 to 0.06 s. They are
+    imported last, as they bring modules that fusionops imports too.
     """
     program = (
-        "import time; start = time.process_time(); import numpy; middle = time.process_time(); import fusionops;"
+        "import time, numpy; start = time.process_time(); import fusionops; middle = time.process_time();"
+        "import email.message, http.client, tarfile, unittest.mock, xml.dom.minidom;"
         "print(middle - start, time.process_time() - middle)"
     )
     python(program, PYTHONDONTWRITEBYTECODE="")  # a first import that may write byte code
-    numpy_s, ours_s = (
+    ours_s, others_s = (
         min(times) for times in zip(*(map(float, python(program).split()) for _ in range(9)), strict=True)
     )
-    assert ours_s < 0.050 * max(1.0, numpy_s / 0.16)
+    assert ours_s < 0.050 * max(1.0, others_s / 0.064)
 
 
 FUNCTIONS = [name for name in fusionops.__all__ if inspect.isfunction(getattr(fusionops, name))]
