@@ -252,7 +252,7 @@ DENSES = (
 )
 
 GEMM = ("gemm", "direct")  # a 1×1 filter at stride 1 without padding: a matrix product over the pixels
-UNCLAIMED = ()  # only the reference runs it yet
+DEPTHWISE = ("depthwise", "direct")
 NO_PAD = ((0, 0), (0, 0))
 
 CONVS = (
@@ -288,7 +288,6 @@ CONVS = (
     *conv_both("dilated", 6, 10, H=8, W=9, dilation=(2, 2)),
     *conv_both("dilated_columns_strided", 6, 10, H=8, W=15, stride=(2, 2), dilation=(1, 3)),
     *conv_both("two_groups", 6, 10, groups=2),
-    *conv_both("depthwise", 6, 6, groups=6),
     *conv_both("pointwise", 17, 33, 1, 1, H=5, W=7, algorithms=GEMM),
     *conv_both("pointwise_tile_plus_one", 16, 65, 1, 1, N=2, H=3, W=43, algorithms=GEMM),
     *conv_both("pointwise_padded", 6, 10, 1, 1, padding=((1, 1), (0, 1))),
@@ -313,7 +312,13 @@ CONVS = (
     conv("group_across_two_sources", CONCAT, (3, 5), 6, groups=2),
     conv("four_groups_of_three_sources", CONCAT, (1, 6, 5), 8, groups=4),
     conv("depthwise_multiplier", CONCAT, (3, 5), 24, groups=8),
-    conv("depthwise_strided", ADD, (19, 19), 19, H=8, W=9, stride=(2, 2), groups=19),
+    conv("depthwise", ADD, (6, 6), 6, groups=6, algorithms=DEPTHWISE),
+    conv("depthwise", CONCAT, (3, 40), 43, groups=43, algorithms=DEPTHWISE),
+    conv("depthwise_many_channels", CONCAT, (130, 9), 139, groups=139, H=9, W=37, algorithms=DEPTHWISE),
+    conv("depthwise_five_by_five", ADD, (33, 33), 33, 5, 5, H=7, W=9, groups=33, algorithms=DEPTHWISE),
+    conv("depthwise_strided", ADD, (19, 19), 19, H=8, W=9, stride=(2, 2), groups=19, algorithms=DEPTHWISE),
+    conv("depthwise_dilated", CONCAT, (9, 8), 17, N=2, H=8, W=9, dilation=(2, 3), groups=17, algorithms=DEPTHWISE),
+    conv("depthwise_residual", ADD, (32,), 32, groups=32, residual=Part(32), activation=RELU, algorithms=DEPTHWISE),
     conv("long_reduction", ADD, (600, 600), 20, H=3, W=3),
     conv("long_reduction", CONCAT, (700, 100), 20, H=3, W=3),
     conv("upsampled", ADD, (9, Part(9, upsample=(2, 2))), 10, H=6, W=8, source="FPN, top-down step"),

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from fusionops.cpu import direct, gemm, stream, winograd
+from fusionops.cpu import depthwise, direct, gemm, stream, winograd
 from fusionops.cpu.host import device, facts, reasons_unusable, warmup
 from fusionops.cpu.probe import copy_bandwidth, fma_peak
 from fusionops.cpu.threads import get_num_threads, set_num_threads
 
-KERNELS = (*gemm.KERNELS, *winograd.KERNELS, *direct.KERNELS, *stream.KERNELS)
+KERNELS = (*gemm.KERNELS, *winograd.KERNELS, *depthwise.KERNELS, *direct.KERNELS, *stream.KERNELS)
 
 __all__ = [
     "KERNELS",

@@ -105,15 +105,15 @@ def _flattened(
     return extents, sources, out, residual
 
 
-def filter_words(spec: FusionSpec, tiling: Tiling, strides: Strides) -> list[int]:
-    """The words of the packing task but for its two addresses."""
+def filter_words(spec: FusionSpec, tiling: Tiling, strides: Strides, groups: int) -> list[int]:
+    """The words of the packing task but for its two addresses; filters of so many groups are packed apart."""
     conv2d, item = spec.conv, tiling.item_bytes
     steps = [step // item for step in strides]
     if isinstance(spec.contraction, Dense):
         steps = [0, 0, *steps]
     elif spec.layout is Layout.NCHW:
         steps = [steps[2], steps[3], steps[1], steps[0]]
-    return [0, 0, *steps, conv2d.R, conv2d.S, spec.C // conv2d.groups, conv2d.K // conv2d.groups, tiling.depth,
+    return [0, 0, *steps, conv2d.R, conv2d.S, spec.C // conv2d.groups, conv2d.K // groups, tiling.depth,
             tiling.width, tiling.blocks]  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import llvmlite.binding
 import numba
 
-from fusionops.cpu import conv, jit, streaming, threads, winograd_task
+from fusionops.cpu import conv, depthwise, jit, streaming, threads, winograd_task
 from fusionops.cpu.tiling import register_tiles
 from fusionops.device import KIB, MIB, CpuDevice
 
@@ -101,6 +101,11 @@ def warmup(progress: Callable[[int, int, str], None] | None = None) -> None:
             steps.append((f"convolution {name} {mr}x{nv}", functools.partial(conv.conv_task, bits, mr, nv)))
             if bits == winograd_task.BITS:
                 steps.append((f"winograd {name} {mr}x{nv}", functools.partial(winograd_task.winograd_task, mr, nv)))
+        tiles = {depthwise.register_tile(size, device()) for size in (1, 1 << 20)}
+        steps += [
+            (f"depthwise {name} {mr}x{nv}", functools.partial(depthwise.depthwise_task, bits, mr, nv))
+            for mr, nv in tiles
+        ]
     steps.append(("winograd filter packing", winograd_task.pack_task))
     steps.append(("concat", streaming.concat_task))
     for done, (what, compile_it) in enumerate(steps):

@@ -33,12 +33,14 @@ class Algorithm:
     cut(spec, tiling, words, filters)   completes the words; returns the number of tasks, and whether the tasks read
                                         filters of these strides as they are (None: they are packed)
     task(tiling), pack_task(tiling)     addresses of the machine code
+    joins_groups   whether the filters of all groups are packed as if of one
     """
 
     name: str
     cut: Callable[[FusionSpec, Any, Words, Strides | None], tuple[int, bool]]
     task: Callable[[Any], int]
     pack_task: Callable[[Any], int]
+    joins_groups: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,11 +86,9 @@ def prepare_packing(
     algorithm: Algorithm, spec: FusionSpec, tiling: Tiling, strides: Strides
 ) -> tuple[array[int], int, int]:
     """Words, task and number of tasks of filter packing."""
-    return (
-        array("q", filter_words(spec, tiling, strides)),
-        algorithm.pack_task(tiling),
-        spec.conv.groups * tiling.blocks,
-    )
+    groups = 1 if algorithm.joins_groups else spec.conv.groups
+    words = array("q", filter_words(spec, tiling, strides, groups))
+    return words, algorithm.pack_task(tiling), groups * tiling.blocks
 
 
 def pack(algorithm: Algorithm, spec: FusionSpec, tiling: Tiling, filters: Any, packed: int) -> None:

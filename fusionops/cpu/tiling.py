@@ -216,9 +216,18 @@ def _with_tile(
     *,
     flat: bool,
 ) -> ConvTiling:
+    conv, item = spec.conv, ITEM_BYTES[spec.dtype]
+    group_channels, width = spec.C // conv.groups, nv * VECTOR_BYTES // item
+    return ConvTiling(
+        bits=8 * item, mr=mr, nv=nv, depth=depth, chunks=-(-group_channels // depth), blocks=blocks,
+        task_blocks=task_blocks, packed_elements=conv.groups * blocks * width * group_channels * conv.R * conv.S,
+        **tile_extents(spec, mr, tile_p, tile_q, flat=flat),
+    )  # fmt: skip
+
+
+def tile_extents(spec: FusionSpec, mr: int, tile_p: int, tile_q: int, *, flat: bool = False) -> dict[str, int]:
+    """What a ConvTiling says of an output tile: its extents, those of the map under it, how many register tiles."""
     conv = spec.conv
-    item = ITEM_BYTES[spec.dtype]
-    group_channels = spec.C // conv.groups
     rows, cols = (
         (tile - 1) * stride + filter_reach(taps, dilation)
         for tile, stride, taps, dilation in zip(
@@ -230,10 +239,5 @@ def _with_tile(
     # Pixels that share their valid taps form runs of rows and of columns: one with all taps, one for each number of
     # taps missing at either end, up to all. Each pair of runs ends in one register tile that may not be full.
     runs = min(tile_p, 2 * conv.R + 1) * min(tile_q, 2 * conv.S + 1)
-    width = nv * VECTOR_BYTES // item
-    return ConvTiling(
-        bits=8 * item, mr=mr, nv=nv, tile_p=tile_p, tile_q=tile_q, rows=rows, cols=cols, depth=depth,
-        chunks=-(-group_channels // depth), blocks=blocks, task_blocks=task_blocks,
-        groups_of_pixels=tile_p * tile_q // mr + runs,
-        packed_elements=conv.groups * blocks * width * group_channels * conv.R * conv.S,
-    )  # fmt: skip
+    groups = tile_p * tile_q // mr + runs
+    return {"tile_p": tile_p, "tile_q": tile_q, "rows": rows, "cols": cols, "groups_of_pixels": groups}
