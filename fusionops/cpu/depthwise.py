@@ -10,15 +10,15 @@ the same taps share register tiles, as in every convolution here. Order of the s
 from __future__ import annotations
 
 import functools
+from functools import partial
 from typing import Any
 
-import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from fusionops.cpu import conv, direct, launch, stream
+from fusionops.cpu import conv, direct, launch
 from fusionops.cpu import params as at
 from fusionops.cpu.block import Strides, Words
 from fusionops.cpu.epilogue import finish_tile, scatter_tile
@@ -35,7 +35,7 @@ from fusionops.cpu.tiling import (
     tile_extents,
 )
 from fusionops.device import CpuDevice
-from fusionops.kernel import Kernel, Operands
+from fusionops.kernel import Kernel
 from fusionops.spec import ITEM_BYTES, Conv2d, FusionSpec, Merge
 
 MOST_PIXELS = 12  # of a register tile
@@ -168,13 +168,6 @@ DEPTHWISE = launch.Algorithm(
 )
 
 
-def run(spec: FusionSpec, tiling: ConvTiling, operands: Operands, out: np.ndarray[Any, Any]) -> None:
-    """Writes out; with return_sum the merged map first, which then is the only source."""
-    if spec.return_sum:
-        spec, operands = stream.store_merged(spec, operands)
-    launch.run(DEPTHWISE, spec, tiling, operands, out)
-
-
 def _smallest_tile(spec: FusionSpec) -> int:
     """Bytes of the map under one output pixel, for one block of channels."""
     extents = tile_extents(spec, 1, 1, 1)
@@ -194,7 +187,9 @@ def _kernel(merge: Merge, dtype: str) -> Kernel:
             reasons.append(f"the taps of one pixel reach over more of the map than {SCRATCH_LIMIT // 2} B hold")
         return tuple(reasons)
 
-    return Kernel(f"cpu.{merge}_conv_fprop_depthwise_{COMPUTED[dtype]}", unsupported, plan, run)
+    return Kernel(
+        f"cpu.{merge}_conv_fprop_depthwise_{COMPUTED[dtype]}", unsupported, plan, partial(launch.run, DEPTHWISE)
+    )
 
 
 KERNELS = tuple(_kernel(merge, dtype) for merge in Merge for dtype in COMPUTED)

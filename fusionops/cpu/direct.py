@@ -5,16 +5,16 @@ Blocked around the register tile wherever the extents lie; nothing is left to a 
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
 import numpy as np
 
-from fusionops.cpu import conv, launch, stream
+from fusionops.cpu import conv, launch
 from fusionops.cpu import params as at
 from fusionops.cpu.block import Strides, Words, is_pointwise
 from fusionops.cpu.simd import COMPUTED
 from fusionops.cpu.tiling import ConvTiling, plan
-from fusionops.kernel import Kernel, Operands
+from fusionops.kernel import Kernel
 from fusionops.spec import Conv2d, Direction, FusionSpec, Layout, Merge, filter_reach
 
 AREAS = (at.AT_SUMS, at.AT_PIXELS, at.AT_OUT, at.AT_RESIDUAL, at.AT_GROUPS, at.AT_COPY)
@@ -89,13 +89,6 @@ TAP_BY_TAP = launch.Algorithm(
 )
 
 
-def run(spec: FusionSpec, tiling: ConvTiling, operands: Operands, out: np.ndarray[Any, Any]) -> None:
-    """Writes out; with return_sum the merged map first, which then is the only source."""
-    if spec.return_sum:
-        spec, operands = stream.store_merged(spec, operands)
-    launch.run(TAP_BY_TAP, spec, tiling, operands, out)
-
-
 def _kernel(merge: Merge, dtype: str) -> Kernel:
     def unsupported(spec: FusionSpec) -> tuple[str, ...]:
         reasons = common_reasons(spec, merge, dtype)
@@ -103,7 +96,9 @@ def _kernel(merge: Merge, dtype: str) -> Kernel:
             reasons.append("the contraction is not a conv2d")
         return tuple(reasons)
 
-    return Kernel(f"cpu.{merge}_conv_fprop_direct_{COMPUTED[dtype]}", unsupported, plan, run)
+    return Kernel(
+        f"cpu.{merge}_conv_fprop_direct_{COMPUTED[dtype]}", unsupported, plan, partial(launch.run, TAP_BY_TAP)
+    )
 
 
 KERNELS = tuple(_kernel(merge, dtype) for merge in Merge for dtype in COMPUTED)

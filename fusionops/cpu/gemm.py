@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from functools import partial
 
+from fusionops.cpu import launch
 from fusionops.cpu.block import is_pointwise
-from fusionops.cpu.direct import common_reasons, run
+from fusionops.cpu.direct import TAP_BY_TAP, common_reasons
 from fusionops.cpu.simd import COMPUTED
 from fusionops.cpu.tiling import plan
 from fusionops.kernel import Kernel
@@ -24,7 +25,12 @@ def _kernel(merge: Merge, contraction: type[Conv2d] | type[Dense], dtype: str) -
         return tuple(reasons)
 
     word = "conv" if contraction is Conv2d else "dense"
-    return Kernel(f"cpu.{merge}_{word}_fprop_gemm_{COMPUTED[dtype]}", unsupported, partial(plan, flat=True), run)
+    return Kernel(
+        f"cpu.{merge}_{word}_fprop_gemm_{COMPUTED[dtype]}",
+        unsupported,
+        partial(plan, flat=True),
+        partial(launch.run, TAP_BY_TAP),
+    )
 
 
 KERNELS = tuple(

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from fusionops.cpu import params as at
-from fusionops.cpu import threads
+from fusionops.cpu import stream, threads
 from fusionops.cpu.block import Strides, Words, block, filter_words, weight_word
 from fusionops.cpu.memory import WORKSPACE, Area, address, allocate
 from fusionops.cpu.tiling import Tiling
@@ -101,7 +101,9 @@ def pack(algorithm: Algorithm, spec: FusionSpec, tiling: Tiling, filters: Any, p
 
 
 def run(algorithm: Algorithm, spec: FusionSpec, tiling: Tiling, operands: Operands, out: np.ndarray[Any, Any]) -> None:
-    """Writes the result of a contraction to `out`."""
+    """Writes a contraction to `out`; with return_sum the merged map first, which then is the only source."""
+    if spec.return_sum:
+        spec, operands = stream.store_merged(spec, operands)
     residual = operands.residual
     filters: Any = operands.filters
     is_kept = isinstance(filters, Filters)

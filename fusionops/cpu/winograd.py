@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import numpy as np
 
@@ -33,7 +33,7 @@ from fusionops.cpu.transform import (
 )
 from fusionops.cpu.winograd_task import BITS, ITEM, pack_task, shorter_tiles, winograd_task
 from fusionops.device import CpuDevice
-from fusionops.kernel import Kernel, Operands
+from fusionops.kernel import Kernel
 from fusionops.spec import Conv2d, FusionSpec, Merge
 
 DTYPE = "float32"
@@ -46,8 +46,11 @@ DEPTH = 64
 # channels 2.3 and 2.7 times, with 8 channels 3.0 and 3.4 times. Where most taps fall into the padding, 3 to 6 times.
 FEWEST_CHANNELS = 32
 FEWEST_TAPS = 0.5
-# Images of fewer tiles of outputs are convolved tap by tap.
+# Images of fewer tiles of outputs are convolved tap by tap. With prepacked filters, 256 or 512 of as many channels,
+# Winograd took 0.9 to 1.15 times as long with 16 tiles, 0.7 and 0.8 with 25, 0.5 and 0.6 with 36; with filters to
+# transform at each call 1.5 and 3.2 times with 16, 1.2 and 2.3 with 25, 1.0 and 1.7 with 36.
 FEWEST_TILES = 25
+# Filters of a task: with 128 the same problems took 0.98 to 1.07 times as long: each part loads the patches again.
 TASK_FILTERS = 256
 # A task multiplies at most so many register tiles of patches with the filters it reads: few, where all transformed
 # filters stay in L2 beside a task's values and sums; more, where they come from beyond it each time.
@@ -60,6 +63,7 @@ FAR_COST, NEAR_COST = 0.3, 0.1
 TRANSFORM_FILTERS = 40
 # Tasks are cut so that so many cores have the same to do. Fixed numbers: plans do not depend on the number of threads.
 CORES = (2, 4)
+# Widest strip: the patches of 8 tiles of 64 channels take 52 KiB. Strips of 4 and 16 took 0.97 to 1.05 times as long.
 RUN = 8
 LINE = 16  # elements of a cache line; kept between points so that they do not fall into the same sets of the caches
 AREAS = (at.AT_VALUES, at.AT_SUMS, at.AT_COPY, at.AT_FINISHED, at.AT_PIXELS, at.AT_OUT, at.AT_RESIDUAL)
@@ -162,13 +166,6 @@ WINOGRAD = launch.Algorithm(
 )
 
 
-def run(spec: FusionSpec, tiling: WinogradTiling, operands: Operands, out: np.ndarray[Any, Any]) -> None:
-    """Writes out; with return_sum the merged map first, which then is the only source."""
-    if spec.return_sum:
-        spec, operands = stream.store_merged(spec, operands)
-    launch.run(WINOGRAD, spec, tiling, operands, out)
-
-
 def _share_of_taps(spec: FusionSpec) -> float:
     """How many of all taps fall inside the map."""
 
@@ -208,7 +205,7 @@ def _kernel(merge: Merge) -> Kernel:
             reasons.append("strict=True forbids a sum that forms other products")
         return tuple(reasons)
 
-    return Kernel(f"cpu.{merge}_conv_fprop_winograd_f32", unsupported, plan, run, slow)
+    return Kernel(f"cpu.{merge}_conv_fprop_winograd_f32", unsupported, plan, partial(launch.run, WINOGRAD), slow)
 
 
 KERNELS = tuple(_kernel(merge) for merge in Merge)
