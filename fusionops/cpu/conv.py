@@ -127,7 +127,7 @@ def conv_task(bits: int, mr: int, nv: int) -> int:
         channels, filters = p[at.C] // p[at.GROUPS], p[at.K] // p[at.GROUPS]
         dense_rows = p[at.DILATION_W] == 1
         block0, block1 = part * p[at.TASK_BLOCKS], min(p[at.BLOCKS], (part + 1) * p[at.TASK_BLOCKS])
-        row, block_step = p[at.FILTER_ROW], p[at.FILTER_BLOCK] * item
+        block_bytes = p[at.R] * p[at.S] * channels * width * item
         # Sums are kept for as long as they are needed: until the last chunk, or until a whole block is stored at once.
         kept_blocks, kept_tiles = channels > p[at.DEPTH], channels > p[at.DEPTH] or p[at.OUT_K] != 1
         tile_bytes, near_step = mr * width * item, max(1, mr * item // (p[at.R] * p[at.S]))
@@ -136,29 +136,24 @@ def conv_task(bits: int, mr: int, nv: int) -> int:
             is_last = c0 + depth == channels
             load_tile(bits, params, scratch, p[at.PITCH], n, h0, p[at.ROWS], w0, p[at.COLS],
                       group * channels + c0, depth)  # fmt: skip
-            blocks, rows_first = block1 - block0, p[at.ROWS_FIRST]
-            for turn in range(blocks * count):  # every filter block with every register tile of pixels
-                block, g = (
-                    (block0 + turn % blocks, turn // blocks) if rows_first else (block0 + turn // count, turn % count)
-                )
-                panel = (p[at.FILTERS] + (group * p[at.BLOCKS] + block) * block_step
-                         + p[at.R] * p[at.S] * c0 * row * item)  # fmt: skip
+            for turn in range((block1 - block0) * count):  # every filter block with every register tile of pixels
+                block, g = block0 + turn // count, turn % count
+                panel = (p[at.FILTERS] + (group * p[at.BLOCKS] + block) * block_bytes
+                         + p[at.R] * p[at.S] * c0 * width * item)  # fmt: skip
                 k0, used = group * filters + block * width, min(width, filters - block * width)
                 # While this block is multiplied the next comes to L2: the task's next, or the first of the next chunk.
                 following, step = panel, 0
-                if rows_first:
-                    pass
-                elif block + 1 < block1:
-                    following, step = panel + block_step, width * item // count + 1
+                if block + 1 < block1:
+                    following, step = panel + block_bytes, width * item // count + 1
                 elif not is_last:
-                    following = (p[at.FILTERS] + (group * p[at.BLOCKS] + block0) * block_step
-                                 + p[at.R] * p[at.S] * (c0 + depth) * row * item)  # fmt: skip
+                    following = (p[at.FILTERS] + (group * p[at.BLOCKS] + block0) * block_bytes
+                                 + p[at.R] * p[at.S] * (c0 + depth) * width * item)  # fmt: skip
                     step = width * item // count + 1
                 share = p[at.R] * p[at.S] * depth * step
                 head = g * GROUP_WORDS
                 r0, r1, s0, s1 = groups[head], groups[head + 1], groups[head + 2], groups[head + 3]
                 a = scratch + (r0 * p[at.DILATION_H] * p[at.PITCH] + s0 * p[at.DILATION_W]) * depth * item
-                b = panel + (r0 * p[at.S] + s0) * depth * row * item
+                b = panel + (r0 * p[at.S] + s0) * depth * width * item
                 kept = (kept_blocks * (block - block0) * count + kept_tiles * g) * tile_bytes
                 sums = scratch + p[at.AT_SUMS] + kept
                 a_row, b_row = p[at.DILATION_H] * p[at.PITCH] * depth, p[at.S] * depth
@@ -170,7 +165,7 @@ def conv_task(bits: int, mr: int, nv: int) -> int:
                                    groups[head + 4], k0, used)  # fmt: skip
                 near = a + pixel[(g + 1) % count * mr] * depth * item
                 gemm_tile(bits, mr, nv, a, pixels + g * mr * 8, depth, r1 - r0, a_row, b_row,
-                          inner, p[at.DILATION_W] * depth, depth, run, b, row, sums, c0,
+                          inner, p[at.DILATION_W] * depth, depth, run, b, width, sums, c0,
                           following + g * share, step, near, near_step)  # fmt: skip
                 if is_last:
                     finish_tile(bits, params, sums, width, outs + g * mr * 8, residuals + g * mr * 8, copy,

@@ -8,24 +8,15 @@ import platform
 from collections.abc import Callable
 from pathlib import Path
 
-import llvmlite.binding
 import numba
 
-from fusionops.cpu import conv, depthwise, jit, streaming, threads, winograd_task
+from fusionops.cpu import conv, depthwise, gemm_task, jit, streaming, threads, winograd_task
+from fusionops.cpu.target import target
 from fusionops.cpu.tiling import register_tiles
 from fusionops.device import KIB, MIB, CpuDevice
 
 # Where the operating system does not tell: what every server core of the last ten years has at least.
 DEFAULT_CACHES = (32 * KIB, 512 * KIB, 8 * MIB)
-
-
-def _features() -> frozenset[str]:
-    """The features that numba compiles for, which NUMBA_CPU_FEATURES can narrow."""
-    if numba.config.CPU_FEATURES is not None:
-        return frozenset(word[1:] for word in numba.config.CPU_FEATURES.split(",") if word.startswith("+"))
-    if numba.config.CPU_NAME and llvmlite.binding.get_host_cpu_name() != numba.config.CPU_NAME:
-        return frozenset()
-    return frozenset(name for name, present in llvmlite.binding.get_host_cpu_features().items() if present)
 
 
 def _cache_sizes() -> tuple[int, int, int]:
@@ -45,19 +36,11 @@ def _cache_sizes() -> tuple[int, int, int]:
 @functools.cache
 def device() -> CpuDevice:
     """This host, as the plans see it."""
-    features = _features()
-    machine = platform.machine().lower()
-    if machine in ("x86_64", "amd64"):
-        if {"avx512f", "avx512vl"} <= features:
-            vector_bytes, registers = 64, 32
-        elif "avx2" in features:
-            vector_bytes, registers = 32, 16
-        else:
-            vector_bytes, registers = 16, 16
-        fma = "fma" in features
-    else:
-        vector_bytes, registers, fma = 16, 32, True  # NEON and its like
-    return CpuDevice(f"{machine} {vector_bytes * 8} bit", vector_bytes, registers, fma, *_cache_sizes())
+    here = target()
+    return CpuDevice(
+        f"{here.machine} {here.vector_bytes * 8} bit", here.vector_bytes, here.vector_registers, here.fma,
+        *_cache_sizes(),
+    )  # fmt: skip
 
 
 def reasons_unusable() -> tuple[str, ...]:
@@ -99,6 +82,7 @@ def warmup(progress: Callable[[int, int, str], None] | None = None) -> None:
         steps.append((f"filter packing {name}", functools.partial(conv.pack_task, bits)))
         for mr, nv in register_tiles(device()):
             steps.append((f"convolution {name} {mr}x{nv}", functools.partial(conv.conv_task, bits, mr, nv)))
+            steps.append((f"product {name} {mr}x{nv}", functools.partial(gemm_task.gemm_task, bits, mr, nv)))
             if bits == winograd_task.BITS:
                 steps.append((f"winograd {name} {mr}x{nv}", functools.partial(winograd_task.winograd_task, mr, nv)))
         tiles = {depthwise.register_tile(size, device()) for size in (1, 1 << 20)}

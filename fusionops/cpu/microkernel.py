@@ -3,12 +3,14 @@
     C[i, :] (+)= Σ_{u < outer} Σ_{v < inner} Σ_{d < depth}  A[pixels[i]·pitch + u·a_outer + v·a_inner + d]
                                                             · B[u·b_outer + v·b_inner + d, :]
 
-The rows of A are any pixels of a packed tile; B is a micropanel of nv vectors a row, its rows b_pitch elements apart.
-The sum of a call starts at zero and runs in the order written; with `accumulate` it is then added to C.
+The rows of A are any pixels of a packed tile, or the rows of a matrix; B is a micropanel of nv vectors a row, its rows
+b_pitch elements apart. The sum of a call starts at zero and runs in the order written; with `accumulate` it is then
+added to C.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from llvmlite import ir
@@ -16,12 +18,124 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from fusionops.cpu.simd import I64, Lanes, word
+from fusionops.cpu import activation
+from fusionops.cpu.assembly import Segment, can_multiply
+from fusionops.cpu.simd import I64, VECTOR_BYTES, Lanes, word
+from fusionops.cpu.target import target
 
 # Rows of B are asked for in L1 so much earlier. 14×2 vectors on operands in L2 (transformed patches and filters of a
 # Winograd convolution) went from 0.49 to 0.60 of the FMA peak with the pixels of the next tile asked for, to 0.63 with
 # C too, to 0.70 with B too (medians of 15 interleaved rounds in a slow phase of the machine); 32 rows were no better.
 ROWS_AHEAD = 12
+SEGMENT_WORDS = 3  # of a segment in the table of `gemm_segments`
+
+
+class _Tile:
+    """The sums of one register tile in registers, and the two ways to add a run of channels to them."""
+
+    def __init__(self, b: ir.IRBuilder, bits: int, rows: int, nv: int, *, even: bool) -> None:
+        here = target()
+        self.b, self.rows = b, rows
+        in_assembly = can_multiply(here, rows, even=even)
+        self.lanes = Lanes(b, bits, here.vector_bytes if in_assembly else VECTOR_BYTES)
+        self.vectors = nv * VECTOR_BYTES // (self.lanes.count * self.lanes.item_bytes)
+        self.segment = Segment(self.lanes, rows, self.vectors, even=even) if in_assembly else None
+        self.even = even
+        self.sums = [cgutils.alloca_once(b, self.lanes.type) for _ in range(rows * self.vectors)]  # become registers
+        for s in self.sums:
+            b.store(self.lanes.constant(0.0), s)
+
+    def places(self, c: ir.Value) -> list[ir.Value]:
+        C = self.lanes.pointer(c)
+        return [self.b.gep(C, [word(k * self.lanes.count)]) for k in range(len(self.sums))]
+
+    def ask_for(self, c: ir.Value) -> None:
+        """Starts the misses of `store` before the product."""
+        step = VECTOR_BYTES // (self.lanes.count * self.lanes.item_bytes)
+        for place in self.places(c)[::step]:
+            self.lanes.prefetch(place, write=True)
+
+    def add_segment(
+        self, a: ir.Value, offsets: Any, panel: ir.Value, b_step: ir.Value, depth: ir.Value,
+        ahead: ir.Value, ahead_step: ir.Value, near: ir.Value, near_step: ir.Value,
+    ) -> None:  # fmt: skip
+        """sums += A·B over `depth` channels; addresses and steps in bytes; ahead and near are cursors in memory."""
+        b, lanes = self.b, self.lanes
+        if self.segment is not None:
+            results, far, close = self.segment([b.load(s) for s in self.sums], a, offsets, panel, b_step, depth,
+                                               b.load(ahead), ahead_step, b.load(near))  # fmt: skip
+            for value, place in zip([*results, far, close], [*self.sums, ahead, near], strict=True):
+                b.store(value, place)
+            return
+        if self.even:
+            offsets = [b.mul(offsets, word(i)) for i in range(self.rows)]
+        heads = [lanes.pointer(b.add(a, offset)) for offset in offsets]
+        B, size = lanes.pointer(panel), word(lanes.item_bytes)
+        pitch = b.sdiv(b_step, size)
+        with cgutils.for_range(b, depth) as d:
+            row = b.gep(B, [b.mul(d.index, pitch)])
+            for cursor, step, level in ((ahead, ahead_step, 2), (near, near_step, 1)):
+                line = b.load(cursor)
+                lanes.prefetch(lanes.pointer(line), level=level)
+                b.store(b.add(line, step), cursor)
+            later = b.gep(row, [b.mul(pitch, word(ROWS_AHEAD))])
+            for j in range(self.vectors):
+                lanes.prefetch(b.gep(later, [word(j * lanes.count)]))
+            w = [lanes.load(b.gep(row, [word(j * lanes.count)])) for j in range(self.vectors)]
+            for i in range(self.rows):
+                x = lanes.splat(b.load(b.gep(heads[i], [d.index])))
+                for j in range(self.vectors):
+                    s = self.sums[i * self.vectors + j]
+                    b.store(lanes.multiply_add(x, w[j], b.load(s)), s)
+
+    def store(self, c: ir.Value) -> None:
+        for s, place in zip(self.sums, self.places(c), strict=True):
+            self.lanes.store(self.b.load(s), place)
+
+    def add(self, c: ir.Value, condition: ir.Value) -> None:
+        """sums += C where the condition, a word, is not 0."""
+        b = self.b
+        with b.if_then(b.icmp_signed("!=", condition, word(0))):
+            for s, place in zip(self.sums, self.places(c), strict=True):
+                b.store(b.fadd(self.lanes.load(place), b.load(s)), s)
+
+    def _row_places(self, base: ir.Value, offsets: ir.Value) -> Iterator[tuple[int, ir.Value]]:
+        """Place of each vector of row i, base + offsets[i] elements, beside its number."""
+        b, table = self.b, self.b.inttoptr(offsets, I64.as_pointer())
+        for i in range(self.rows):
+            row = b.gep(self.lanes.pointer(base), [b.load(b.gep(table, [word(i)]))])
+            for j in range(self.vectors):
+                yield i * self.vectors + j, b.gep(row, [word(j * self.lanes.count)])
+
+    def ask_for_rows(self, base: ir.Value, offsets: ir.Value, *, write: bool) -> None:
+        """Starts the misses of rows that are added or written after the product; not where the base is 0."""
+        with self.b.if_then(self.b.icmp_signed("!=", base, word(0))):
+            for k, place in self._row_places(base, offsets):
+                if k * self.lanes.count * self.lanes.item_bytes % VECTOR_BYTES == 0:
+                    self.lanes.prefetch(place, write=write)
+
+    def finish(
+        self, bias: ir.Value, residual: ir.Value, residuals: ir.Value, relu: ir.Value, out: ir.Value, outs: ir.Value
+    ) -> None:
+        """out[outs[i] + j] = act(sums[i, j] + bias[j] + residual[residuals[i] + j]); 0 stands for what is not there."""
+        b, lanes = self.b, self.lanes
+        with b.if_then(b.icmp_signed("!=", bias, word(0))):
+            start = lanes.pointer(bias)
+            terms = [lanes.load(b.gep(start, [word(j * lanes.count)])) for j in range(self.vectors)]
+            for k, s in enumerate(self.sums):
+                b.store(b.fadd(b.load(s), terms[k % self.vectors]), s)
+        with b.if_then(b.icmp_signed("!=", residual, word(0))):
+            for k, place in self._row_places(residual, residuals):
+                b.store(b.fadd(b.load(self.sums[k]), lanes.load(place)), self.sums[k])
+        with b.if_then(b.icmp_signed("!=", relu, word(0))):
+            for s in self.sums:
+                b.store(activation.relu(lanes, b.load(s)), s)
+        for k, place in self._row_places(out, outs):
+            lanes.store(b.load(self.sums[k]), place)
+
+
+def _literals(*values: Any) -> bool:
+    return all(isinstance(value, types.IntegerLiteral) for value in values)
 
 
 @intrinsic(prefer_literal=True)
@@ -32,53 +146,103 @@ def gemm_tile(typing, bits, mr, nv, a, pixels, pitch, outer, a_outer, b_outer, i
     ahead, ahead_step   an address asked for in L2 at each step of the reduction, and its advance in bytes
     near, near_step     the same for L1
     """
-    if not all(isinstance(value, types.IntegerLiteral) for value in (bits, mr, nv)):
+    if not _literals(bits, mr, nv):
         return None
-    rows, vectors = mr.literal_value, nv.literal_value
+    rows = mr.literal_value
     signature = types.void(bits, mr, nv, *[types.intp] * 18)
 
     def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Any:
         (a, pixels, pitch, outer, a_outer, b_outer, inner, a_inner, b_inner, depth, panel, b_pitch,
          c, accumulate, ahead, ahead_step, near, near_step) = args[3:]  # fmt: skip
-        lanes = Lanes(b, bits.literal_value)
-        pixel = b.inttoptr(pixels, I64.as_pointer())
-        starts = [lanes.pointer(a, b.mul(b.load(b.gep(pixel, [word(i)])), pitch)) for i in range(rows)]
-        B, C = lanes.pointer(panel), lanes.pointer(c)
-        sums = [cgutils.alloca_once(b, lanes.type) for _ in range(rows * vectors)]  # mem2reg turns these into registers
-        for s in sums:
-            b.store(lanes.constant(0.0), s)
-        lines = [(cgutils.alloca_once_value(b, first), step, level)
-                 for first, step, level in ((ahead, ahead_step, 2), (near, near_step, 1))]  # fmt: skip
-        places = [b.gep(C, [word((i * vectors + j) * lanes.count)]) for i in range(rows) for j in range(vectors)]
-        for place in places:
-            lanes.prefetch(place, write=True)
+        tile = _Tile(b, bits.literal_value, rows, nv.literal_value, even=False)
+        size = word(tile.lanes.item_bytes)
+        pixel, pixel_step = b.inttoptr(pixels, I64.as_pointer()), b.mul(pitch, size)
+        offsets = [b.mul(b.load(b.gep(pixel, [word(i)])), pixel_step) for i in range(rows)]
+        cursors = [cgutils.alloca_once_value(b, first) for first in (ahead, near)]
+        b_step = b.mul(b_pitch, size)
+        tile.ask_for(c)
         with cgutils.for_range(b, outer) as u, cgutils.for_range(b, inner) as v:
-            a_step = b.add(b.mul(u.index, a_outer), b.mul(v.index, a_inner))
-            b_step = b.add(b.mul(u.index, b_outer), b.mul(v.index, b_inner))
-            heads = [b.gep(start, [a_step]) for start in starts]
-            segment = b.gep(B, [b.mul(b_step, b_pitch)])
-            with cgutils.for_range(b, depth) as d:
-                row = b.gep(segment, [b.mul(d.index, b_pitch)])
-                for cursor, step, level in lines:
-                    line = b.load(cursor)
-                    lanes.prefetch(lanes.pointer(line), level=level)
-                    b.store(b.add(line, step), cursor)
-                later = b.gep(row, [b.mul(b_pitch, word(ROWS_AHEAD))])
-                for j in range(vectors):
-                    lanes.prefetch(b.gep(later, [word(j * lanes.count)]))
-                w = [lanes.load(b.gep(row, [word(j * lanes.count)])) for j in range(vectors)]
-                for i in range(rows):
-                    x = lanes.splat(b.load(b.gep(heads[i], [d.index])))
-                    for j in range(vectors):
-                        s = sums[i * vectors + j]
-                        b.store(lanes.multiply_add(x, w[j], b.load(s)), s)
-        with b.if_else(b.icmp_signed("!=", accumulate, word(0))) as (resume, start):
-            with resume:
-                for s, place in zip(sums, places, strict=True):
-                    lanes.store(b.fadd(lanes.load(place), b.load(s)), place)
-            with start:
-                for s, place in zip(sums, places, strict=True):
-                    lanes.store(b.load(s), place)
+            a_run = b.add(b.mul(u.index, a_outer), b.mul(v.index, a_inner))
+            b_run = b.add(b.mul(u.index, b_outer), b.mul(v.index, b_inner))
+            tile.add_segment(b.add(a, b.mul(a_run, size)), offsets, b.add(panel, b.mul(b_run, b_step)), b_step, depth,
+                             cursors[0], ahead_step, cursors[1], near_step)  # fmt: skip
+        tile.add(c, accumulate)
+        tile.store(c)
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+@intrinsic(prefer_literal=True)
+def gemm_rows(typing, bits, mr, nv, a, pitch, depth, panel, b_pitch, c, accumulate, ahead, ahead_step, near):
+    """gemm_tile for rows of A that are `pitch` elements apart, and one segment.
+
+    near   asked for in L1 along the way: as many bytes as the rows of A have
+    """
+    if not _literals(bits, mr, nv):
+        return None
+    signature = types.void(bits, mr, nv, *[types.intp] * 10)
+
+    def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        a, pitch, depth, panel, b_pitch, c, accumulate, ahead, ahead_step, near = args[3:]
+        tile = _Tile(b, bits.literal_value, mr.literal_value, nv.literal_value, even=True)
+        size = word(tile.lanes.item_bytes)
+        cursors = [cgutils.alloca_once_value(b, first) for first in (ahead, near)]
+        tile.ask_for(c)
+        tile.add_segment(a, b.mul(pitch, size), panel, b.mul(b_pitch, size), depth, cursors[0], ahead_step,
+                         cursors[1], word(mr.literal_value * tile.lanes.item_bytes))  # fmt: skip
+        tile.add(c, accumulate)
+        tile.store(c)
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+@intrinsic(prefer_literal=True)
+def gemm_segments(typing, bits, mr, nv, segments, count, row, panel, b_pitch, c, accumulate, ahead, ahead_step,
+                  is_finished, bias, residual, residuals, relu, out, outs):  # fmt: skip
+    """gemm_rows over `count` segments, which stand in a table of words: first row, bytes from row to row, channels.
+
+    row            of each segment, the first of the tile
+    is_finished    0: the sums go to C; else they are finished, as `_Tile.finish` says, and go to the output, of which
+                   there must be a whole tile; addresses, and offsets of rows in elements
+    """
+    if not _literals(bits, mr, nv):
+        return None
+    signature = types.void(bits, mr, nv, *[types.intp] * 16)
+
+    def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        (segments, count, row, panel, b_pitch, c, accumulate, ahead, ahead_step, is_finished,
+         bias, residual, residuals, relu, out, outs) = args[3:]  # fmt: skip
+        rows = mr.literal_value
+        tile = _Tile(b, bits.literal_value, rows, nv.literal_value, even=True)
+        size = word(tile.lanes.item_bytes)
+        b_step = b.mul(b_pitch, size)
+        far, near, B = (cgutils.alloca_once_value(b, first) for first in (ahead, ahead, panel))
+        finishes = b.icmp_signed("!=", is_finished, word(0))
+        with b.if_else(finishes) as (whole, part):
+            with whole:
+                tile.ask_for_rows(out, outs, write=True)
+                tile.ask_for_rows(residual, residuals, write=False)
+            with part:
+                tile.ask_for(c)
+        table = b.inttoptr(segments, I64.as_pointer())
+        with cgutils.for_range(b, count) as n:
+            first, step, depth = (
+                b.load(b.gep(table, [b.add(b.mul(n.index, word(SEGMENT_WORDS)), word(k))])) for k in range(3)
+            )
+            start = b.add(first, b.mul(row, step))
+            b.store(b.add(start, b.mul(step, word(rows))), near)
+            here = b.load(B)
+            tile.add_segment(start, step, here, b_step, depth, far, ahead_step, near,
+                             word(rows * tile.lanes.item_bytes))  # fmt: skip
+            b.store(b.add(here, b.mul(depth, b_step)), B)
+        tile.add(c, accumulate)
+        with b.if_else(finishes) as (whole, part):
+            with whole:
+                tile.finish(bias, residual, residuals, relu, out, outs)
+            with part:
+                tile.store(c)
         return context.get_dummy_value()
 
     return signature, codegen

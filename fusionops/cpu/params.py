@@ -54,9 +54,12 @@ POINT_VALUES, POINT_SUMS = 60, 61  # elements from one point to the next, of tra
 AT_VALUES, AT_FINISHED = 62, 63
 AROUND = 64  # 1: outputs of all filters of a task are gathered and then stored around the caches
 
+# Products of matrices
 ROWS_FIRST = 65  # 1: all filter blocks of a task with one register tile of pixels after the other
+READS_SOURCES = 66  # 1: pixels are read where the sources have them
+AT_SEGMENTS = 67
 
-SOURCES = 66
+SOURCES = 68
 SOURCE_WORDS = 12  # the last one is free
 S_BASE, S_N, S_H, S_W, S_C = 0, 1, 2, 3, 4
 S_UP_H, S_UP_W = 5, 6

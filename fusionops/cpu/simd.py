@@ -26,11 +26,11 @@ def word(value: int) -> ir.Constant:
 class Lanes:
     """One vector type and the instructions on it, bound to an IR builder; `bits` of an element are 32 or 64."""
 
-    def __init__(self, b: ir.IRBuilder, bits: int) -> None:
+    def __init__(self, b: ir.IRBuilder, bits: int, vector_bytes: int = VECTOR_BYTES) -> None:
         self.b = b
         self.bits = bits
         self.item_bytes = bits // 8
-        self.count = VECTOR_BYTES // self.item_bytes
+        self.count = vector_bytes // self.item_bytes
         self.scalar = ir.FloatType() if bits == 32 else ir.DoubleType()
         self.type = ir.VectorType(self.scalar, self.count)
         self.int = ir.VectorType(ir.IntType(bits), self.count)

@@ -171,36 +171,32 @@ def balanced(extent: int, limit: int) -> int:
     return -(-extent // -(-extent // limit)) if extent else 1
 
 
-def plan(spec: FusionSpec, device: CpuDevice, *, flat: bool = False) -> ConvTiling:
-    """The tiling of a contraction. `flat`: a 1×1 filter, whose pixels may be taken as one row."""
+def plan(spec: FusionSpec, device: CpuDevice) -> ConvTiling:
+    """The tiling of a contraction tap by tap."""
     conv = spec.conv
     item = ITEM_BYTES[spec.dtype]
     group_filters, group_channels = conv.K // conv.groups, spec.C // conv.groups
-    mr, nv = choose_register_tile(group_filters, item, device, flat=flat)
+    mr, nv = choose_register_tile(group_filters, item, device)
     width = nv * VECTOR_BYTES // item
     blocks = -(-group_filters // width)
     task_blocks = balanced(blocks, max(1, TASK_FILTERS // width))
 
-    P, Q = (1, spec.N * spec.P * spec.Q) if flat else (spec.P, spec.Q)
     tasks_of_filters = conv.groups * -(-blocks // task_blocks)
-    pixels = P * Q * (1 if flat else spec.N)
+    pixels = spec.N * spec.P * spec.Q
     wanted = min(TILE_PIXELS, max(SMALLEST_TILE_PIXELS, pixels * tasks_of_filters // ENOUGH_TILES))
-    if flat:
-        tile_p, tile_q = 1, balanced(Q, -(-wanted // mr) * mr)
-    else:
-        tile_q = balanced(Q, min(WIDEST_TILE, max(Q // 8, 16)))
-        tile_p = balanced(P, max(1, wanted // tile_q))
+    tile_q = balanced(spec.Q, min(WIDEST_TILE, max(spec.Q // 8, 16)))
+    tile_p = balanced(spec.P, max(1, wanted // tile_q))
 
     depth = balanced(group_channels, max(16, device.l2_bytes // FILTER_SHARE // (conv.R * conv.S * width * item)))
     while True:
-        tiling = _with_tile(spec, mr, nv, tile_p, tile_q, depth, blocks, task_blocks, flat=flat)
+        tiling = _with_tile(spec, mr, nv, tile_p, tile_q, depth, blocks, task_blocks)
         if tiling.scratch_bytes <= SCRATCH_LIMIT * 3 // 4 or (tile_p, tile_q) == (1, 1):
             break
         # A tile this large comes from a far-reaching filter: fewer pixels first, so that the order of sums stays.
         tile_p, tile_q = (-(-tile_p // 2), tile_q) if tile_p >= tile_q else (tile_p, -(-tile_q // 2))
     while tiling.scratch_bytes > SCRATCH_LIMIT and depth > 1:
         depth = -(-depth // 2)
-        tiling = _with_tile(spec, mr, nv, tile_p, tile_q, depth, blocks, task_blocks, flat=flat)
+        tiling = _with_tile(spec, mr, nv, tile_p, tile_q, depth, blocks, task_blocks)
     return tiling
 
 
@@ -213,29 +209,25 @@ def _with_tile(
     depth: int,
     blocks: int,
     task_blocks: int,
-    *,
-    flat: bool,
 ) -> ConvTiling:
     conv, item = spec.conv, ITEM_BYTES[spec.dtype]
     group_channels, width = spec.C // conv.groups, nv * VECTOR_BYTES // item
     return ConvTiling(
         bits=8 * item, mr=mr, nv=nv, depth=depth, chunks=-(-group_channels // depth), blocks=blocks,
         task_blocks=task_blocks, packed_elements=conv.groups * blocks * width * group_channels * conv.R * conv.S,
-        **tile_extents(spec, mr, tile_p, tile_q, flat=flat),
+        **tile_extents(spec, mr, tile_p, tile_q),
     )  # fmt: skip
 
 
-def tile_extents(spec: FusionSpec, mr: int, tile_p: int, tile_q: int, *, flat: bool = False) -> dict[str, int]:
+def tile_extents(spec: FusionSpec, mr: int, tile_p: int, tile_q: int) -> dict[str, int]:
     """What a ConvTiling says of an output tile: its extents, those of the map under it, how many register tiles."""
     conv = spec.conv
     rows, cols = (
-        (tile - 1) * stride + filter_reach(taps, dilation)
-        for tile, stride, taps, dilation in zip(
-            (tile_p, tile_q), conv.stride, (conv.R, conv.S), conv.dilation, strict=True
+        min(extent, (tile - 1) * stride + filter_reach(taps, dilation))  # what lies beyond the map is not loaded
+        for extent, tile, stride, taps, dilation in zip(
+            (spec.H, spec.W), (tile_p, tile_q), conv.stride, (conv.R, conv.S), conv.dilation, strict=True
         )
     )
-    if not flat:  # what lies beyond the map is neither loaded nor multiplied
-        rows, cols = min(rows, spec.H), min(cols, spec.W)
     # Pixels that share their valid taps form runs of rows and of columns: one with all taps, one for each number of
     # taps missing at either end, up to all. Each pair of runs ends in one register tile that may not be full.
     runs = min(tile_p, 2 * conv.R + 1) * min(tile_q, 2 * conv.S + 1)

@@ -66,7 +66,7 @@ CORES = (2, 4)
 # Widest strip: the patches of 8 tiles of 64 channels take 52 KiB. Strips of 4 and 16 took 0.97 to 1.05 times as long.
 RUN = 8
 LINE = 16  # elements of a cache line; kept between points so that they do not fall into the same sets of the caches
-AREAS = (at.AT_VALUES, at.AT_SUMS, at.AT_COPY, at.AT_FINISHED, at.AT_PIXELS, at.AT_OUT, at.AT_RESIDUAL)
+AREAS = (at.AT_VALUES, at.AT_SUMS, at.AT_COPY, at.AT_FINISHED, at.AT_OUT, at.AT_RESIDUAL)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +96,7 @@ class WinogradTiling(Tiling):
 
     @property
     def areas(self) -> tuple[int, ...]:
-        """Of the merged patches, their transforms, sums, a residual, finished outputs, and three tables of pixels."""
+        """Of the merged patches, their transforms, sums, a residual, finished outputs, and two tables of pixels."""
         pixels = OUTPUTS * (OUTPUTS * self.row_tiles + 1)
         finished = pixels * self.width * (self.task_blocks if self.around else 1) * ITEM
         return whole_lines((
@@ -105,7 +105,6 @@ class WinogradTiling(Tiling):
             self.task_blocks * POINTS * self.point_sums * ITEM,
             finished,
             finished,
-            -(-self.tiles // self.mr) * self.mr * WORD_BYTES,
             pixels * WORD_BYTES,
             pixels * WORD_BYTES,
         ))  # fmt: skip

@@ -13,7 +13,7 @@ import functools
 from fusionops.cpu import params as at
 from fusionops.cpu.epilogue import finish_tile, scatter_tile
 from fusionops.cpu.jit import inline, task
-from fusionops.cpu.microkernel import gemm_tile
+from fusionops.cpu.microkernel import gemm_rows
 from fusionops.cpu.prologue import load_tile
 from fusionops.cpu.simd import VECTOR_BYTES, elements, words
 from fusionops.cpu.streaming import copy_around
@@ -107,16 +107,13 @@ def winograd_task(mr: int, nv: int) -> int:
         region = p[at.SCRATCH] + slot * p[at.SCRATCH_BYTES]
         values, sums = region + p[at.AT_VALUES], region + p[at.AT_SUMS]
         copy, finished = region + p[at.AT_COPY], region + p[at.AT_FINISHED]
-        pixels, outs, residuals = region + p[at.AT_PIXELS], region + p[at.AT_OUT], region + p[at.AT_RESIDUAL]
+        outs, residuals = region + p[at.AT_OUT], region + p[at.AT_RESIDUAL]
         parts = (p[at.BLOCKS] + p[at.TASK_BLOCKS] - 1) // p[at.TASK_BLOCKS]
         part = index % parts
         block0, block1 = part * p[at.TASK_BLOCKS], min(p[at.BLOCKS], (part + 1) * p[at.TASK_BLOCKS])
         first = index // parts * p[at.TASK_TILES]
         last = min(p[at.TILES], first + p[at.TASK_TILES])
         groups = (last - first + mr - 1) // mr
-        order = words(pixels)
-        for i in range(groups * mr):  # a register tile is always full: the rest repeats the last tile
-            order[i] = min(i, last - first - 1)
         pitch, point_values, point_sums = p[at.PITCH], p[at.POINT_VALUES], p[at.POINT_SUMS]
 
         for c0 in range(0, p[at.C], p[at.DEPTH]):
@@ -141,18 +138,16 @@ def winograd_task(mr: int, nv: int) -> int:
                         following = panels + ((point + 1) * p[at.BLOCKS] + block0) * panel_bytes
                     to = sums + ((block - block0) * POINTS + point) * point_sums * ITEM
                     a = values + point * point_values * ITEM
-                    for row in range(0, last - first, mr):
-                        here, near = pixels + row * 8, a + (row + mr) * depth * ITEM
-                        c, ahead = to + row * width * ITEM, following + row // mr * depth * step
+                    for row in range(0, last - first, mr):  # a register tile is always full: the rest goes nowhere
+                        here = a + row * depth * ITEM
+                        near, c = here + mr * depth * ITEM, to + row * width * ITEM
+                        ahead = following + row // mr * depth * step
                         if last - first - row > half:
-                            gemm_tile(BITS, mr, nv, a, here, depth, 1, 0, 0, 1, 0, 0, depth, panel, width, c, c0,
-                                      ahead, step, near, mr * ITEM)  # fmt: skip
+                            gemm_rows(BITS, mr, nv, here, depth, depth, panel, width, c, c0, ahead, step, near)
                         elif last - first - row > quarter:
-                            gemm_tile(BITS, half, nv, a, here, depth, 1, 0, 0, 1, 0, 0, depth, panel, width, c, c0,
-                                      ahead, step, near, mr * ITEM)  # fmt: skip
+                            gemm_rows(BITS, half, nv, here, depth, depth, panel, width, c, c0, ahead, step, near)
                         else:
-                            gemm_tile(BITS, quarter, nv, a, here, depth, 1, 0, 0, 1, 0, 0, depth, panel, width, c, c0,
-                                      ahead, step, near, mr * ITEM)  # fmt: skip
+                            gemm_rows(BITS, quarter, nv, here, depth, depth, panel, width, c, c0, ahead, step, near)
 
         tile, pixel = first, (block1 - block0) * width if p[at.AROUND] else width  # from one finished pixel to the next
         while tile < last:

@@ -1,0 +1,159 @@
+"""The task of a 1×1 convolution or a dense layer: pixels as rows of a matrix, times filters. Chooses no extents.
+
+    y[m,k] = act( Σ_c merged[m,c] · w[c,k] + b[k] + residual[m,k] )
+
+A task owns TILE_P × TILE_Q pixels and TASK_BLOCKS filter blocks. For each chunk of channels its rows are the merged
+tile that it loads, or the sources themselves: those of a concatenation follow one another in the reduction, so nothing
+is copied. Order of the sum: chunks of channels, in each the channels.
+"""
+
+from __future__ import annotations
+
+import functools
+
+from fusionops.cpu import activation
+from fusionops.cpu import params as at
+from fusionops.cpu.epilogue import NOWHERE, finish_tile, scatter_tile
+from fusionops.cpu.jit import inline, task
+from fusionops.cpu.microkernel import SEGMENT_WORDS, gemm_segments
+from fusionops.cpu.prologue import load_tile
+from fusionops.cpu.simd import words
+
+# With these, sums are finished in the registers that hold them; others need registers of their own.
+IN_REGISTERS = (activation.CODES[None], activation.CODES["relu"])
+
+
+@inline
+def place_rows(params, outs, residuals, n, p0, p1, q0, q1, count):
+    """Fills the tables with the places of the pixels of a tile, row by row; the rest of `count` rows is nowhere."""
+    p = words(params)
+    to, residual = words(outs), words(residuals)
+    i = 0
+    for row in range(p0, p1):
+        line = n * p[at.OUT_N] + row * p[at.OUT_P]
+        for col in range(q0, q1):
+            to[i + col - q0] = line + col * p[at.OUT_Q]
+        if p[at.RESIDUAL] != 0:
+            line = n * p[at.RESIDUAL_N] + row // p[at.RESIDUAL_UP_H] * p[at.RESIDUAL_P]
+            if p[at.RESIDUAL_UP_W] == 1:
+                for col in range(q0, q1):
+                    residual[i + col - q0] = line + col * p[at.RESIDUAL_Q]
+            else:
+                for col in range(q0, q1):
+                    residual[i + col - q0] = line + col // p[at.RESIDUAL_UP_W] * p[at.RESIDUAL_Q]
+        i += q1 - q0
+    for rest in range(i, count):
+        to[rest] = NOWHERE
+
+
+@inline
+def list_sources(item, params, segments, n, row, col, c0, depth):
+    """Fills the table of segments with the sources that hold channels c0 to c0 + depth; returns how many these are."""
+    p, table = words(params), words(segments)
+    count = 0
+    for j in range(p[at.SOURCE_COUNT]):
+        s = words(params + 8 * (at.SOURCES + j * at.SOURCE_WORDS))
+        first = s[at.S_FIRST]
+        c_from, c_to = max(c0, first), min(c0 + depth, first + s[at.S_CHANNELS])
+        if c_from < c_to:
+            start = n * s[at.S_N] + row * s[at.S_H] + col * s[at.S_W] + c_from - first
+            table[count], table[count + 1] = s[at.S_BASE] + start * item, s[at.S_W] * item
+            table[count + 2] = c_to - c_from
+            count += SEGMENT_WORDS
+    return count // SEGMENT_WORDS
+
+
+@functools.cache
+def gemm_task(bits: int, mr: int, nv: int) -> int:
+    """Address of the task compiled for one register tile."""
+    width = nv * (512 // bits)
+    item = bits // 8
+    tile_bytes = mr * width * item
+    plain, relu = IN_REGISTERS
+
+    def gemm(params, index, slot):
+        p = words(params)
+        scratch = p[at.SCRATCH] + slot * p[at.SCRATCH_BYTES]
+        parts = (p[at.BLOCKS] + p[at.TASK_BLOCKS] - 1) // p[at.TASK_BLOCKS]
+        part = index % parts
+        group = index // parts % p[at.GROUPS]
+        tile = index // parts // p[at.GROUPS]
+        q0 = tile % p[at.TILES_Q] * p[at.TILE_Q]
+        p0 = tile // p[at.TILES_Q] % p[at.TILES_P] * p[at.TILE_P]
+        n = tile // p[at.TILES_Q] // p[at.TILES_P]
+        p1, q1 = min(p[at.P], p0 + p[at.TILE_P]), min(p[at.Q], q0 + p[at.TILE_Q])
+        rows = (p1 - p0) * (q1 - q0)
+        count = (rows + mr - 1) // mr
+        outs, residuals, copy = scratch + p[at.AT_OUT], scratch + p[at.AT_RESIDUAL], scratch + p[at.AT_COPY]
+        segments = scratch + p[at.AT_SEGMENTS]
+        place_rows(params, outs, residuals, n, p0, p1, q0, q1, count * mr)
+        channels, filters = p[at.C] // p[at.GROUPS], p[at.K] // p[at.GROUPS]
+        block0, block1 = part * p[at.TASK_BLOCKS], min(p[at.BLOCKS], (part + 1) * p[at.TASK_BLOCKS])
+        blocks, rows_first = block1 - block0, p[at.ROWS_FIRST]
+        pitch, block_step = p[at.FILTER_ROW], p[at.FILTER_BLOCK] * item
+        is_turned = p[at.OUT_K] != 1  # outputs are stored when a whole block of filters is finished
+        is_plain = (
+            not is_turned
+            and (p[at.ACTIVATION] == plain or p[at.ACTIVATION] == relu)
+            and (p[at.RESIDUAL] == 0 or (p[at.RESIDUAL_K] == 1 and p[at.RESIDUAL_WEIGHT] == at.WEIGHT_NONE))
+        )
+        # A register tile is always full. The last one begins earlier, so that no row beyond the tile is read.
+        overlaps = rows >= mr
+        reads_sources = p[at.READS_SOURCES] != 0 and overlaps
+        # Sums are kept for as long as they are needed: until the last chunk, or until a whole block is stored at once.
+        kept_blocks, kept_tiles = channels > p[at.DEPTH], channels > p[at.DEPTH] or is_turned
+        for c0 in range(0, channels, p[at.DEPTH]):
+            depth = min(p[at.DEPTH], channels - c0)
+            is_last = c0 + depth == channels
+            if reads_sources:
+                segment_count = list_sources(item, params, segments, n, p0, q0, group * channels + c0, depth)
+            else:
+                load_tile(bits, params, scratch, q1 - q0, n, p0, p1 - p0, q0, q1 - q0, group * channels + c0, depth)
+                table = words(segments)
+                table[0], table[1], table[2] = scratch, depth * item, depth
+                segment_count = 1
+            for turn in range(blocks * count):  # every filter block with every register tile of pixels
+                block, g = (
+                    (block0 + turn % blocks, turn // blocks) if rows_first else (block0 + turn // count, turn % count)
+                )
+                panel = p[at.FILTERS] + (group * p[at.BLOCKS] + block) * block_step + c0 * pitch * item
+                k0, used = group * filters + block * width, min(width, filters - block * width)
+                # While this block is multiplied the next comes to L2: the task's next, or the first of the next chunk.
+                following, step = panel, 0
+                if rows_first:
+                    pass
+                elif block + 1 < block1:
+                    following, step = panel + block_step, width * item // count + 1
+                elif not is_last:
+                    following = (p[at.FILTERS] + (group * p[at.BLOCKS] + block0) * block_step
+                                 + (c0 + depth) * pitch * item)  # fmt: skip
+                    step = width * item // count + 1
+                row = min(g * mr, rows - mr) if overlaps else 0
+                to, residual = outs + row * 8, residuals + row * 8
+                kept = (kept_blocks * (block - block0) * count + kept_tiles * g) * tile_bytes
+                sums = scratch + p[at.AT_SUMS] + kept
+                in_registers = is_last and is_plain and overlaps and used == width
+                gemm_segments(
+                    bits, mr, nv, segments, segment_count, row, panel, pitch, sums, c0, following + g * depth * step,
+                    step, in_registers, p[at.BIAS] + k0 * item if p[at.BIAS] != 0 else 0,
+                    p[at.RESIDUAL] + k0 * item if p[at.RESIDUAL] != 0 else 0, residual,
+                    p[at.ACTIVATION] == relu, p[at.OUT] + k0 * item, to,
+                )  # fmt: skip
+                if is_last and not in_registers:
+                    finish_tile(bits, params, sums, width, to, residual, copy, min(mr, rows), k0, used, is_turned)
+                    if is_turned and g + 1 == count:
+                        store_block(bits, params, scratch + p[at.AT_SUMS]
+                                    + kept_blocks * (block - block0) * count * tile_bytes,
+                                    outs, rows, mr, k0, used)  # fmt: skip
+
+    return task(gemm)
+
+
+@inline
+def store_block(bits, params, sums, outs, rows, mr, k0, used):
+    """Stores a finished block of all pixels of a tile; the last register tile overlaps the one before it."""
+    p = words(params)
+    whole = rows // mr * mr if rows >= mr else rows
+    scatter_tile(bits, params, sums, outs, whole, k0, used)
+    if whole < rows:
+        scatter_tile(bits, params, sums + whole * p[at.WIDTH] * bits // 8, outs + (rows - mr) * 8, mr, k0, used)

@@ -1,0 +1,48 @@
+"""The processor that Numba compiles for: its vector registers. Decides nothing."""
+
+from __future__ import annotations
+
+import functools
+import platform
+from dataclasses import dataclass
+
+import llvmlite.binding
+import numba
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """machine as the operating system names it; bytes of a vector register, and how many; whether it has an FMA."""
+
+    machine: str
+    vector_bytes: int
+    vector_registers: int
+    fma: bool
+
+    @property
+    def is_x86(self) -> bool:
+        return self.machine in ("x86_64", "amd64")
+
+
+def _features() -> frozenset[str]:
+    """The features that numba compiles for, which NUMBA_CPU_FEATURES can narrow."""
+    if numba.config.CPU_FEATURES is not None:
+        return frozenset(word[1:] for word in numba.config.CPU_FEATURES.split(",") if word.startswith("+"))
+    if numba.config.CPU_NAME and llvmlite.binding.get_host_cpu_name() != numba.config.CPU_NAME:
+        return frozenset()
+    return frozenset(name for name, present in llvmlite.binding.get_host_cpu_features().items() if present)
+
+
+@functools.cache
+def target() -> Target:
+    features = _features()
+    machine = platform.machine().lower()
+    if machine not in ("x86_64", "amd64"):
+        return Target(machine, 16, 32, fma=True)  # NEON and its like
+    if {"avx512f", "avx512vl"} <= features:
+        vector_bytes, registers = 64, 32
+    elif "avx2" in features:
+        vector_bytes, registers = 32, 16
+    else:
+        vector_bytes, registers = 16, 16
+    return Target(machine, vector_bytes, registers, "fma" in features)
