@@ -59,7 +59,7 @@ class Segment:
             starts = [b.add(a, offset) for offset in offsets]
             fixed = [b_step, ahead_step]
         moving = [*starts, panel, depth, ahead, near]
-        temporaries = self.vectors + self._broadcasts
+        temporaries = self._rows_of_b + self._elements
         vector, text = self.lanes.type, self._text(len(starts))
         outputs = [vector] * len(sums) + [I64] * len(moving) + [vector] * temporaries
         kind = "v" if self.lanes.count * self.lanes.item_bytes == 64 else "x"
@@ -75,10 +75,25 @@ class Segment:
         )
 
     @property
-    def _broadcasts(self) -> int:
-        """Registers for an element of A: as many as are free, up to two."""
+    def _streams_b(self) -> bool:
+        """Whether a step holds its elements of A in registers and loads B vector by vector, or the other way round."""
+        return self.rows < self.vectors
+
+    @property
+    def _spare(self) -> int:
+        """Registers for what is loaded one by one: as many as are free, up to two."""
         registers = 32 if self.lanes.count * self.lanes.item_bytes == 64 else 16
-        return min(2, registers - (self.rows + 1) * self.vectors)
+        return min(2, registers - self.rows * self.vectors - min(self.rows, self.vectors))
+
+    @property
+    def _rows_of_b(self) -> int:
+        """Registers for vectors of B."""
+        return self._spare if self._streams_b else self.vectors
+
+    @property
+    def _elements(self) -> int:
+        """Registers for elements of A."""
+        return self.rows if self._streams_b else self._spare
 
     def _text(self, starts: int) -> str:
         """Operands are numbered: sums, starts, panel, depth, ahead, near, temporaries, those again as inputs, fixed."""
@@ -86,9 +101,9 @@ class Segment:
         at_start, size = count, self.lanes.item_bytes
         panel, depth, ahead, near = (f"${at_start + starts + k}" for k in range(4))
         first = at_start + starts + 4
-        row = [f"${first + j}" for j in range(self.vectors)]
-        elements = [f"${first + self.vectors + k}" for k in range(self._broadcasts)]
-        fixed = first + self.vectors + self._broadcasts + count + starts + 4
+        row = [f"${first + j}" for j in range(self._rows_of_b)]
+        elements = [f"${first + self._rows_of_b + k}" for k in range(self._elements)]
+        fixed = first + self._rows_of_b + self._elements + count + starts + 4
         names = [f"${fixed + k}" for k in range(3 if self.even else 2)]
         *spacing, b_step, ahead_step = names
         suffix = "ps" if size == 4 else "pd"
@@ -99,25 +114,37 @@ class Segment:
             anchor, times = divmod(i, ANCHOR_ROWS) if self.even else (i, 0)
             return f"{u * size}(${at_start + anchor}" + (f",{spacing[0]},{times})" if times else ")")
 
+        def stream_a(u: int) -> list[str]:
+            lines = [f"vmovu{suffix} {j * bytes_of_vector}({panel}), {row[j]}" for j in range(self.vectors)]
+            for i in range(self.rows):
+                targets = [f"{row[j]}, ${i * self.vectors + j}" for j in range(self.vectors)]
+                # Two uses of an element as operands in memory take two instructions; a load and two uses, three.
+                # Not where the address has two registers, which the processor splits again.
+                if embeds and i % ANCHOR_ROWS == 0:
+                    x = f"{element(i, u)}{{1to{self.lanes.count}}}"
+                else:
+                    x = elements[i % len(elements)]
+                    lines.append(f"vbroadcasts{suffix[1]} {element(i, u)}, {x}")
+                lines += [f"vfmadd231{suffix} {x}, {target}" for target in targets]
+            return lines
+
+        def stream_b(u: int) -> list[str]:
+            lines = [f"vbroadcasts{suffix[1]} {element(i, u)}, {elements[i]}" for i in range(self.rows)]
+            for j in range(self.vectors):
+                lines.append(f"vmovu{suffix} {j * bytes_of_vector}({panel}), {row[j % len(row)]}")
+                lines += [f"vfmadd231{suffix} {row[j % len(row)]}, {elements[i]}, ${i * self.vectors + j}"
+                          for i in range(self.rows)]  # fmt: skip
+            return lines
+
         def steps(n: int) -> list[str]:
             lines = [f"prefetcht0 {line}({near})" for line in range(0, n * self.rows * size, VECTOR_BYTES)]
             lines.append(f"addq $${-(-n * self.rows * size // VECTOR_BYTES) * VECTOR_BYTES}, {near}")
             for u in range(n):
-                lines += [f"vmovu{suffix} {j * bytes_of_vector}({panel}), {row[j]}" for j in range(self.vectors)]
                 lines += [f"prefetcht0 {line}({panel},{b_step},{PREFETCH_ROWS})"
                           for line in range(0, self.vectors * bytes_of_vector, VECTOR_BYTES)]  # fmt: skip
                 if u % 2:
                     lines += [f"prefetcht1 ({ahead})", f"addq {ahead_step}, {ahead}"]
-                for i in range(self.rows):
-                    targets = [f"{row[j]}, ${i * self.vectors + j}" for j in range(self.vectors)]
-                    # Two uses of an element as operands in memory take two instructions; a load and two uses, three.
-                    # Not where the address has two registers, which the processor splits again.
-                    if embeds and i % ANCHOR_ROWS == 0:
-                        x = f"{element(i, u)}{{1to{self.lanes.count}}}"
-                    else:
-                        x = elements[i % len(elements)]
-                        lines.append(f"vbroadcasts{suffix[1]} {element(i, u)}, {x}")
-                    lines += [f"vfmadd231{suffix} {x}, {target}" for target in targets]
+                lines += stream_b(u) if self._streams_b else stream_a(u)
                 lines.append(f"addq {b_step}, {panel}")
             return [*lines, *(f"addq $${n * size}, ${at_start + k}" for k in range(starts))]
 

@@ -23,19 +23,26 @@ from fusionops.cpu.tiling import (
     Tiling,
     balanced,
     choose_register_tile,
+    register_tiles,
     whole_lines,
+    wide_register_tiles,
 )
 from fusionops.device import CpuDevice
 from fusionops.kernel import Kernel
 from fusionops.spec import ITEM_BYTES, Conv2d, Dense, FusionSpec, Layout, Merge
 
-AREAS = (at.AT_SUMS, at.AT_OUT, at.AT_RESIDUAL, at.AT_COPY, at.AT_SEGMENTS)
+AREAS = (at.AT_PANEL, at.AT_SUMS, at.AT_OUT, at.AT_RESIDUAL, at.AT_COPY, at.AT_SEGMENTS)
 
 # Of a filter block's chunk, which stays in L1 while all pixels of a task are multiplied with it.
-PANEL_BYTES = 32 * 1024
-# Rows of filters that are read where the caller has them are no longer than this: one of 2 KiB or more would bring all
-# rows of a block to a few sets of the L1 cache. Not packing saves a small call a launch.
-IN_PLACE_BYTES = 512
+PANEL_BYTES = 64 * 1024
+# With fewer register tiles of pixels than this, copying a block of filters costs more than reading it from L2 again.
+COPY_TILES = 3
+# Rows of filters longer than this bring those of a block to a few sets of the L1 cache.
+LONG_ROW_BYTES = 512
+# Up to so many pixels the register tile is chosen for them too.
+FEW_PIXELS = 48
+# Reading a vector of filters takes as long as multiplying it with so many pixels.
+READING_PIXELS = 4
 # Filters of a task that stay in L2 beside its pixels: then all of them are multiplied with one register tile of pixels
 # after the other, and outputs and residuals are whole rows. Took 0.86 of the time for 256 filters of 64 channels with a
 # residual, 0.92 and 0.96 in two small problems, no less in three others; with 1 MiB 1.05 in one of 768 channels.
@@ -58,10 +65,14 @@ class GemmTiling(Tiling):
 
     @property
     def areas(self) -> tuple[int, ...]:
-        """Of the merged tile, sums, output and residual offsets, residual of a register tile, segments."""
+        """Of the merged tile, a panel, sums, output and residual offsets, residual of a register tile, segments.
+
+        The tile and the panel come first: what is asked for ahead of them is not the memory that another thread writes.
+        """
         pixels = -(-self.tile_p * self.tile_q // self.mr) * self.mr
         return whole_lines((
             pixels * self.depth * self.item_bytes,
+            self.depth * self.width * self.item_bytes,
             pixels * self.width * (self.task_blocks if self.chunks > 1 else 1) * self.item_bytes,
             pixels * WORD_BYTES,
             pixels * WORD_BYTES,
@@ -74,16 +85,18 @@ def plan(spec: FusionSpec, device: CpuDevice) -> GemmTiling:
     """The tiling of a contraction without neighbours."""
     conv2d, item = spec.conv, ITEM_BYTES[spec.dtype]
     filters, channels = conv2d.K // conv2d.groups, spec.C // conv2d.groups
-    mr, nv = choose_register_tile(filters, item, device, flat=True)
+    pixels = spec.N * spec.P * spec.Q
+    mr, nv = choose_register_tile(filters, item, device)
+    depth = balanced(channels, max(16, PANEL_BYTES // (nv * VECTOR_BYTES)))  # whatever the tile for few pixels is
+    if pixels <= FEW_PIXELS:
+        mr, nv = _tile_for(pixels, filters, item, device)
     width = nv * VECTOR_BYTES // item
     blocks = -(-filters // width)
     task_blocks = balanced(blocks, max(1, TASK_FILTERS // width))
-    depth = balanced(channels, max(16, PANEL_BYTES // (width * item)))
 
     is_flat = not any(source.upsample != (1, 1) for source in (*spec.sources, *filter(None, [spec.residual])))
     P, Q = (1, spec.N * spec.P * spec.Q) if is_flat else (spec.P, spec.Q)
     tasks_of_filters = conv2d.groups * -(-blocks // task_blocks)
-    pixels = spec.N * spec.P * spec.Q
     wanted = min(TILE_PIXELS, max(SMALLEST_TILE_PIXELS, pixels * tasks_of_filters // ENOUGH_TILES))
     tile_q = balanced(Q, -(-wanted // mr) * mr)
     tile_p = balanced(P, max(1, wanted // tile_q))
@@ -98,6 +111,16 @@ def plan(spec: FusionSpec, device: CpuDevice) -> GemmTiling:
         tile_p, tile_q = (-(-tile_p // 2), tile_q) if tile_p > 1 else (tile_p, -(-tile_q // 2))
 
 
+def _tile_for(pixels: int, filters: int, item: int, device: CpuDevice) -> tuple[int, int]:
+    """The register tile that takes so few pixels least time, those that only fill it up included."""
+
+    def cost(tile: tuple[int, int]) -> float:
+        width = tile[1] * VECTOR_BYTES // item
+        return -(-pixels // tile[0]) * (tile[0] + READING_PIXELS) * -(-filters // width) * width
+
+    return min([*register_tiles(device), *wide_register_tiles(device)], key=cost)
+
+
 def cut(spec: FusionSpec, tiling: GemmTiling, words: Words, filters: Strides | None) -> tuple[int, bool]:
     """The words of output tiles and filter blocks; the number of tasks; whether `filters` need no packing."""
     N, P, Q = (int(words[i]) for i in (at.N, at.P, at.Q))
@@ -105,13 +128,20 @@ def cut(spec: FusionSpec, tiling: GemmTiling, words: Words, filters: Strides | N
     tiles_p, tiles_q = -(-P // tile_p), -(-Q // tile_q)
     words[at.TILE_P : at.TILES_Q + 1] = tile_p, tile_q, tiles_p, tiles_q
     words[list(AREAS)] = np.cumsum(tiling.areas)[:-1]
-    task_bytes = tiling.task_blocks * tiling.width * spec.C * tiling.item_bytes
-    words[at.ROWS_FIRST] = tiling.chunks == 1 and words[at.OUT_K] == 1 and task_bytes <= ROWS_FIRST_BYTES
     words[at.READS_SOURCES] = tile_p == 1 and _has_one_source_a_channel(spec, words)
-    in_place = filters is not None and _lies_in_rows(spec, tiling, filters)
-    words[at.FILTER_ROW] = spec.conv.K if in_place else tiling.width
-    words[at.FILTER_BLOCK] = tiling.width * (1 if in_place else spec.C // spec.conv.groups)
-    return N * tiles_p * tiles_q * spec.conv.groups * -(-tiling.blocks // tiling.task_blocks), in_place
+    group_filters, channels, width = spec.conv.K // spec.conv.groups, spec.C // spec.conv.groups, tiling.width
+    rows = None if filters is None else _channel_step(spec, filters, tiling.item_bytes)
+    if rows is not None:
+        is_long = abs(rows) * tiling.item_bytes > LONG_ROW_BYTES and tile_p * tile_q > COPY_TILES * tiling.mr
+        words[at.COPIES_FILTERS] = is_long or group_filters % width != 0
+        steps = rows, width, group_filters
+    else:
+        steps = width, width * channels, width * channels * tiling.blocks
+    words[[at.FILTER_ROW, at.FILTER_BLOCK, at.FILTER_GROUP]] = steps
+    task_bytes = tiling.task_blocks * width * spec.C * tiling.item_bytes
+    one_pass = tiling.chunks == 1 and words[at.OUT_K] == 1 and not words[at.COPIES_FILTERS]
+    words[at.ROWS_FIRST] = one_pass and task_bytes <= ROWS_FIRST_BYTES
+    return N * tiles_p * tiles_q * spec.conv.groups * -(-tiling.blocks // tiling.task_blocks), rows is not None
 
 
 def _same_area(pixels: int, P: int, Q: int) -> tuple[int, int]:
@@ -127,12 +157,12 @@ def _has_one_source_a_channel(spec: FusionSpec, words: Words) -> bool:
     return alone and all(steps == 1) and all(s.weight is None and s.upsample == (1, 1) for s in spec.sources)
 
 
-def _lies_in_rows(spec: FusionSpec, tiling: GemmTiling, strides: Strides) -> bool:
-    """Whether a task may read filters of these strides as they are: whole blocks, one chunk, filters last."""
-    whole = tiling.chunks == 1 and spec.conv.groups == 1 and spec.conv.K % tiling.width == 0
-    contiguous = tuple(np.cumprod((tiling.item_bytes, *spec.filter_shape[:0:-1]))[::-1].tolist())
-    short = spec.conv.K * tiling.item_bytes <= IN_PLACE_BYTES
-    return whole and short and spec.layout is Layout.NHWC and strides == contiguous
+def _channel_step(spec: FusionSpec, strides: Strides, item: int) -> int | None:
+    """Elements from one channel's filters to the next, where the filters of a channel lie side by side."""
+    if isinstance(spec.contraction, Conv2d) and spec.layout is Layout.NCHW:
+        strides = strides[2:] + strides[1::-1]
+    *_, channel, step = strides
+    return channel // item if step == item and channel % item == 0 else None
 
 
 ROWS = launch.Algorithm(

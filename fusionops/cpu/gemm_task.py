@@ -16,8 +16,8 @@ from fusionops.cpu import params as at
 from fusionops.cpu.epilogue import NOWHERE, finish_tile, scatter_tile
 from fusionops.cpu.jit import inline, task
 from fusionops.cpu.microkernel import SEGMENT_WORDS, gemm_segments
-from fusionops.cpu.prologue import load_tile
-from fusionops.cpu.simd import words
+from fusionops.cpu.prologue import load_tile, merge_rows
+from fusionops.cpu.simd import VECTOR_BYTES, clear, words
 
 # With these, sums are finished in the registers that hold them; others need registers of their own.
 IN_REGISTERS = (activation.CODES[None], activation.CODES["relu"])
@@ -68,7 +68,7 @@ def gemm_task(bits: int, mr: int, nv: int) -> int:
     """Address of the task compiled for one register tile."""
     width = nv * (512 // bits)
     item = bits // 8
-    tile_bytes = mr * width * item
+    tile_bytes, line = mr * width * item, VECTOR_BYTES
     plain, relu = IN_REGISTERS
 
     def gemm(params, index, slot):
@@ -90,14 +90,16 @@ def gemm_task(bits: int, mr: int, nv: int) -> int:
         channels, filters = p[at.C] // p[at.GROUPS], p[at.K] // p[at.GROUPS]
         block0, block1 = part * p[at.TASK_BLOCKS], min(p[at.BLOCKS], (part + 1) * p[at.TASK_BLOCKS])
         blocks, rows_first = block1 - block0, p[at.ROWS_FIRST]
-        pitch, block_step = p[at.FILTER_ROW], p[at.FILTER_BLOCK] * item
+        group_filters = p[at.FILTERS] + group * p[at.FILTER_GROUP] * item
+        block_bytes, channel_bytes = p[at.FILTER_BLOCK] * item, p[at.FILTER_ROW] * item
         is_turned = p[at.OUT_K] != 1  # outputs are stored when a whole block of filters is finished
         is_plain = (
             not is_turned
             and (p[at.ACTIVATION] == plain or p[at.ACTIVATION] == relu)
             and (p[at.RESIDUAL] == 0 or (p[at.RESIDUAL_K] == 1 and p[at.RESIDUAL_WEIGHT] == at.WEIGHT_NONE))
         )
-        # A register tile is always full. The last one begins earlier, so that no row beyond the tile is read.
+        # A register tile is always full. The last one begins earlier, so that no row beyond the tile is read. What no
+        # pixel or filter fills is zero: leftovers may be denormal, on which processors are slow.
         overlaps = rows >= mr
         reads_sources = p[at.READS_SOURCES] != 0 and overlaps
         # Sums are kept for as long as they are needed: until the last chunk, or until a whole block is stored at once.
@@ -109,6 +111,8 @@ def gemm_task(bits: int, mr: int, nv: int) -> int:
                 segment_count = list_sources(item, params, segments, n, p0, q0, group * channels + c0, depth)
             else:
                 load_tile(bits, params, scratch, q1 - q0, n, p0, p1 - p0, q0, q1 - q0, group * channels + c0, depth)
+                if not overlaps:
+                    clear(scratch + rows * depth * item, (mr - rows) * depth * item)
                 table = words(segments)
                 table[0], table[1], table[2] = scratch, depth * item, depth
                 segment_count = 1
@@ -116,26 +120,34 @@ def gemm_task(bits: int, mr: int, nv: int) -> int:
                 block, g = (
                     (block0 + turn % blocks, turn // blocks) if rows_first else (block0 + turn // count, turn % count)
                 )
-                panel = p[at.FILTERS] + (group * p[at.BLOCKS] + block) * block_step + c0 * pitch * item
+                panel, pitch = group_filters + block * block_bytes + c0 * channel_bytes, p[at.FILTER_ROW]
                 k0, used = group * filters + block * width, min(width, filters - block * width)
                 # While this block is multiplied the next comes to L2: the task's next, or the first of the next chunk.
                 following, step = panel, 0
-                if rows_first:
-                    pass
-                elif block + 1 < block1:
-                    following, step = panel + block_step, width * item // count + 1
-                elif not is_last:
-                    following = (p[at.FILTERS] + (group * p[at.BLOCKS] + block0) * block_step
-                                 + (c0 + depth) * pitch * item)  # fmt: skip
+                if not rows_first and block + 1 < block1:
+                    following, step = panel + block_bytes, width * item // count + 1
+                elif not rows_first and not is_last:
+                    following = group_filters + block0 * block_bytes + (c0 + depth) * channel_bytes
                     step = width * item // count + 1
+                following += g * depth * step
+                if p[at.COPIES_FILTERS]:
+                    if step != 0:  # a column of lines in two register tiles: half of its rows with each
+                        following += g // 2 % nv * line - g * depth * step + g % 2 * (depth // 2) * channel_bytes
+                        step = channel_bytes // 2 if g < 2 * nv else 0
+                    if g == 0:
+                        if used < width:
+                            clear(scratch + p[at.AT_PANEL], depth * width * item)
+                        merge_rows(bits, scratch + p[at.AT_PANEL], width, panel, p[at.FILTER_ROW], depth, used,
+                                   at.WEIGHT_NONE, 1.0, 0, 0)  # fmt: skip
+                    panel, pitch = scratch + p[at.AT_PANEL], width
                 row = min(g * mr, rows - mr) if overlaps else 0
                 to, residual = outs + row * 8, residuals + row * 8
                 kept = (kept_blocks * (block - block0) * count + kept_tiles * g) * tile_bytes
                 sums = scratch + p[at.AT_SUMS] + kept
                 in_registers = is_last and is_plain and overlaps and used == width
                 gemm_segments(
-                    bits, mr, nv, segments, segment_count, row, panel, pitch, sums, c0, following + g * depth * step,
-                    step, in_registers, p[at.BIAS] + k0 * item if p[at.BIAS] != 0 else 0,
+                    bits, mr, nv, segments, segment_count, row, panel, pitch, sums, c0, following, step, in_registers,
+                    p[at.BIAS] + k0 * item if p[at.BIAS] != 0 else 0,
                     p[at.RESIDUAL] + k0 * item if p[at.RESIDUAL] != 0 else 0, residual,
                     p[at.ACTIVATION] == relu, p[at.OUT] + k0 * item, to,
                 )  # fmt: skip

@@ -45,8 +45,6 @@ SLOPE = 52  # float64 bits
 PITCH = 54  # columns of a loaded tile: no more than the map has
 WIDTH = 53  # elements of a row of sums; a word, so that the epilogue is compiled once for all register tiles
 
-FILTER_ROW = 55  # from one row of a filter block to the next: WIDTH where they are packed
-FILTER_BLOCK = 56  # from one filter block to the next
 
 # Winograd, beside TILES_P and TILES_Q: tiles of 4×4 outputs
 TILES, TASK_TILES, ROW_TILES = 57, 58, 59  # of all images; of a task; loaded at a time
@@ -57,9 +55,11 @@ AROUND = 64  # 1: outputs of all filters of a task are gathered and then stored 
 # Products of matrices
 ROWS_FIRST = 65  # 1: all filter blocks of a task with one register tile of pixels after the other
 READS_SOURCES = 66  # 1: pixels are read where the sources have them
-AT_SEGMENTS = 67
+FILTER_ROW, FILTER_BLOCK, FILTER_GROUP = 67, 68, 69  # elements from one channel, block, group to the next
+COPIES_FILTERS = 70  # 1: filters are copied, the chunk of a block at a time
+AT_SEGMENTS, AT_PANEL = 71, 72
 
-SOURCES = 68
+SOURCES = 73
 SOURCE_WORDS = 12  # the last one is free
 S_BASE, S_N, S_H, S_W, S_C = 0, 1, 2, 3, 4
 S_UP_H, S_UP_W = 5, 6

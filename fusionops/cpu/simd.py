@@ -169,6 +169,17 @@ prefetch_read = _prefetch_intrinsic(False)
 prefetch_write = _prefetch_intrinsic(True)
 
 
+@intrinsic
+def clear(typing, address, count):
+    """Zeroes `count` bytes."""
+
+    def codegen(context, b, signature, args):
+        cgutils.memset(b, b.inttoptr(args[0], I8.as_pointer()), args[1], 0)
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp), codegen
+
+
 def _pointer_intrinsic(numba_type: Any, ir_type: ir.Type) -> Any:
     @intrinsic
     def view(typing, address):

@@ -15,7 +15,6 @@ from typing import Any
 
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
 from fusionops.cpu.prologue import vector_loop
@@ -120,18 +119,3 @@ def _transform(one_axis: Callable[[Lanes, Vectors], Vectors], extent: int) -> An
 input_transform = _transform(_input_1d, PATCH)
 filter_transform = _transform(_filter_1d, TAPS)
 output_transform = _transform(_output_1d, PATCH)
-
-
-@intrinsic(prefer_literal=True)
-def clear(typing, bits, to, count):
-    """Zeroes `count` elements."""
-    if not isinstance(bits, types.IntegerLiteral):
-        return None
-    signature = types.void(bits, types.intp, types.intp)
-
-    def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        pointer = b.inttoptr(args[1], ir.IntType(8).as_pointer())
-        cgutils.memset(b, pointer, b.mul(args[2], word(bits.literal_value // 8)), 0)
-        return context.get_dummy_value()
-
-    return signature, codegen

@@ -87,7 +87,7 @@ class WinogradTiling(Tiling):
     @property
     def point_values(self) -> int:
         """Elements from one point of the transformed patches to the next."""
-        return self.tiles * self.depth + LINE
+        return -(-self.tiles // self.mr) * self.mr * self.depth + LINE
 
     @property
     def point_sums(self) -> int:

@@ -15,7 +15,7 @@ from fusionops.cpu.epilogue import finish_tile, scatter_tile
 from fusionops.cpu.jit import inline, task
 from fusionops.cpu.microkernel import gemm_rows
 from fusionops.cpu.prologue import load_tile
-from fusionops.cpu.simd import VECTOR_BYTES, elements, words
+from fusionops.cpu.simd import VECTOR_BYTES, clear, elements, words
 from fusionops.cpu.streaming import copy_around
 from fusionops.cpu.tiling import WORD_BYTES
 from fusionops.cpu.transform import (
@@ -23,7 +23,6 @@ from fusionops.cpu.transform import (
     PATCH,
     POINTS,
     TAPS,
-    clear,
     filter_transform,
     input_transform,
     output_transform,
@@ -64,7 +63,7 @@ def load_patches(params, region, n, p0, q0, count, c0, depth):
     h0, w0 = p0 - p[at.PAD_TOP], q0 - p[at.PAD_LEFT]
     cols = count * OUTPUTS + 2
     if h0 < 0 or w0 < 0 or h0 + PATCH > p[at.H] or w0 + cols > p[at.W]:
-        clear(BITS, region, PATCH * pitch * depth)
+        clear(region, PATCH * pitch * depth * ITEM)
     inside = region + (max(0, -h0) * pitch + max(0, -w0)) * depth * ITEM
     load_tile(BITS, params, inside, pitch, n, h0, PATCH, w0, cols, c0, depth)
 
@@ -113,7 +112,8 @@ def winograd_task(mr: int, nv: int) -> int:
         block0, block1 = part * p[at.TASK_BLOCKS], min(p[at.BLOCKS], (part + 1) * p[at.TASK_BLOCKS])
         first = index // parts * p[at.TASK_TILES]
         last = min(p[at.TILES], first + p[at.TASK_TILES])
-        groups = (last - first + mr - 1) // mr
+        groups, rest = (last - first + mr - 1) // mr, (last - first) % mr
+        rows = last - first - rest + (0 if rest == 0 else quarter if rest <= quarter else half if rest <= half else mr)
         pitch, point_values, point_sums = p[at.PITCH], p[at.POINT_VALUES], p[at.POINT_SUMS]
 
         for c0 in range(0, p[at.C], p[at.DEPTH]):
@@ -127,6 +127,11 @@ def winograd_task(mr: int, nv: int) -> int:
                     input_transform(BITS, to, PATCH * point_values, point_values,
                                     region + i * OUTPUTS * depth * ITEM, pitch * depth, depth, depth)  # fmt: skip
                 tile += count
+            # A register tile is always full. The rest is zero: leftovers may be denormal, on which processors are slow.
+            if rows != last - first:
+                for point in range(POINTS):
+                    clear(values + (point * point_values + (last - first) * depth) * ITEM,
+                          (rows - last + first) * depth * ITEM)  # fmt: skip
             panels = p[at.FILTERS] + POINTS * p[at.BLOCKS] * c0 * width * ITEM
             panel_bytes = depth * width * ITEM
             step = width * ITEM // groups + 1
@@ -138,7 +143,7 @@ def winograd_task(mr: int, nv: int) -> int:
                         following = panels + ((point + 1) * p[at.BLOCKS] + block0) * panel_bytes
                     to = sums + ((block - block0) * POINTS + point) * point_sums * ITEM
                     a = values + point * point_values * ITEM
-                    for row in range(0, last - first, mr):  # a register tile is always full: the rest goes nowhere
+                    for row in range(0, last - first, mr):
                         here = a + row * depth * ITEM
                         near, c = here + mr * depth * ITEM, to + row * width * ITEM
                         ahead = following + row // mr * depth * step
