@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import fusionops as fo
-from fusionops.cpu import device, jit, threads
+from fusionops.cpu import commuted, device, jit, threads
 from fusionops.cpu.stream import STREAM_BYTES
 from fusionops.cpu.tiling import SCRATCH_LIMIT, plan
 from fusionops.problems import conv
@@ -119,3 +119,23 @@ def test_kernels_that_cannot_be_kept_are_run_all_the_same(monkeypatch, tmp_path)
 
     assert jit._compile(make) == "compiled"
     assert calls == [True, True, False]
+
+
+@pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
+@pytest.mark.parametrize("band_bytes", [1, 3 * 20 * 40 * 4, 2 * 14 * 20 * 40 * 4])
+def test_bands_of_products_do_not_change_bits(layout, band_bytes, monkeypatch):
+    """Bands of one row, of three rows and a rest, of two images and a rest."""
+    rng = np.random.default_rng(7)
+    coarse, fine = rng.standard_normal((3, 14, 20, 33), np.float32), rng.standard_normal((3, 28, 40, 9), np.float32)
+    filters, bias = rng.standard_normal((1, 1, 42, 40), np.float32), rng.standard_normal(40, np.float32)
+    if layout == "NCHW":
+        coarse, fine, filters = coarse.transpose(0, 3, 1, 2), fine.transpose(0, 3, 1, 2), filters.transpose(3, 2, 0, 1)
+
+    def run():
+        call = [fo.Source(coarse, upsample=2), fine], filters, bias
+        assert "commuted" in fo.explain(fo.concat_conv, *call, activation="silu", layout=layout).kernel
+        return fo.concat_conv(*call, activation="silu", layout=layout)
+
+    whole = run()
+    monkeypatch.setattr(commuted, "BAND_BYTES", band_bytes)
+    np.testing.assert_array_equal(run(), whole)

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from fusionops.cpu import depthwise, direct, gemm, stream, winograd
+from fusionops.cpu import commuted, depthwise, direct, gemm, stream, winograd
 from fusionops.cpu.host import device, facts, reasons_unusable, warmup
 from fusionops.cpu.probe import copy_bandwidth, fma_peak
 from fusionops.cpu.threads import get_num_threads, set_num_threads
 
-KERNELS = (*gemm.KERNELS, *winograd.KERNELS, *depthwise.KERNELS, *direct.KERNELS, *stream.KERNELS)
+KERNELS = (
+    *commuted.KERNELS,
+    *gemm.KERNELS,
+    *winograd.KERNELS,
+    *depthwise.KERNELS,
+    *direct.KERNELS,
+    *stream.KERNELS,
+)
 
 __all__ = [
     "KERNELS",

@@ -128,7 +128,7 @@ def cut(spec: FusionSpec, tiling: GemmTiling, words: Words, filters: Strides | N
     tiles_p, tiles_q = -(-P // tile_p), -(-Q // tile_q)
     words[at.TILE_P : at.TILES_Q + 1] = tile_p, tile_q, tiles_p, tiles_q
     words[list(AREAS)] = np.cumsum(tiling.areas)[:-1]
-    words[at.READS_SOURCES] = tile_p == 1 and _has_one_source_a_channel(spec, words)
+    words[at.READS_SOURCES] = _has_one_source_a_channel(spec, words) and (tile_p == 1 or _rows_follow(words, tile_q))
     group_filters, channels, width = spec.conv.K // spec.conv.groups, spec.C // spec.conv.groups, tiling.width
     rows = None if filters is None else _channel_step(spec, filters, tiling.item_bytes)
     if rows is not None:
@@ -155,6 +155,12 @@ def _has_one_source_a_channel(spec: FusionSpec, words: Words) -> bool:
     steps = words[at.SOURCES + at.S_C :: at.SOURCE_WORDS]
     alone = spec.merge is Merge.CONCAT or len(spec.sources) == 1
     return alone and all(steps == 1) and all(s.weight is None and s.upsample == (1, 1) for s in spec.sources)
+
+
+def _rows_follow(words: Words, tile_q: int) -> bool:
+    """Whether tiles are whole rows, and each row of a source begins where the one before it ends."""
+    rows, pixels = (words[at.SOURCES + step :: at.SOURCE_WORDS] for step in (at.S_H, at.S_W))
+    return bool(tile_q == words[at.Q] and np.all(rows == pixels * words[at.Q]))
 
 
 def _channel_step(spec: FusionSpec, strides: Strides, item: int) -> int | None:

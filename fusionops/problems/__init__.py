@@ -5,172 +5,41 @@ Holds specs and the names of the kernels that must take them; no arrays, no expe
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from fusionops.problems.rewritten import REWRITTEN
+from fusionops.problems.rows import (
+    ADD,
+    CONCAT,
+    GEMM,
+    NO_PAD,
+    QUARTER_LEAKY,
+    RELU,
+    Part,
+    Problem,
+    conv,
+    conv_both,
+    dense,
+    in_float64,
+    in_nchw,
+    join,
+)
+from fusionops.spec import ACTIVATIONS, Activation
 
-from fusionops.spec import ACTIVATIONS, Activation, Conv2d, Dense, FusionSpec, Layout, Merge, SourceSpec, same_padding
-
-ADD, CONCAT = Merge.ADD, Merge.CONCAT
-RELU = Activation("relu")
-QUARTER_LEAKY = Activation("leaky_relu", (0.25,))  # a slope that loses no bit of a small integer
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """A spec with a name, the kernels that must take it (narrower support is a loss), and where it comes from."""
-
-    name: str
-    spec: FusionSpec
-    kernels: tuple[str, ...]
-    source: str = ""
-
-    def __str__(self) -> str:
-        return self.name
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """One source of a row: its channels and its prologue. An int in a row is a part without prologue."""
-
-    C: int
-    upsample: tuple[int, int] = (1, 1)
-    weight: str | None = None
-    scale: bool = False
-    shift: bool = False
-    activation: Activation | None = None
-
-    def spec(self, shape: tuple[int, ...]) -> SourceSpec:
-        return SourceSpec(
-            shape,
-            "float32",
-            upsample=self.upsample,
-            scale=self.scale,
-            shift=self.shift,
-            activation=self.activation,
-            weight=self.weight,
-        )
-
-
-def conv(
-    name: str,
-    merge: Merge,
-    channels: Sequence[int | Part],
-    K: int,
-    R: int = 3,
-    S: int = 3,
-    *,
-    N: int = 1,
-    H: int = 5,
-    W: int = 6,
-    stride: tuple[int, int] = (1, 1),
-    padding: tuple[tuple[int, int], tuple[int, int]] | None = None,
-    dilation: tuple[int, int] = (1, 1),
-    groups: int = 1,
-    residual: Part | None = None,
-    algorithms: tuple[str, ...] = ("direct",),
-    strict: bool = True,
-    source: str = "",
-    **epilogue: Any,
-) -> Problem:
-    """A merge and a convolution, NHWC, over H × W pixels after upsampling; padding None is 'same'."""
-
-    def stored(part: Part, H: int, W: int) -> SourceSpec:
-        h, w = H // part.upsample[0], W // part.upsample[1]
-        assert (h * part.upsample[0], w * part.upsample[1]) == (H, W), f"{name}: {part} cannot fill {H} × {W} pixels"
-        return part.spec((N, h, w, part.C))
-
-    if padding is None:
-        padding = (
-            same_padding(H, R, stride=stride[0], dilation=dilation[0]),
-            same_padding(W, S, stride=stride[1], dilation=dilation[1]),
-        )
-    spec = FusionSpec(
-        merge,
-        tuple(stored(part if isinstance(part, Part) else Part(part), H, W) for part in channels),
-        Conv2d(K, R, S, stride, padding, dilation, groups),
-        strict=strict,
-        **{"bias": True} | epilogue,
-    )
-    if residual is not None:
-        spec = replace(spec, residual=stored(residual, spec.P, spec.Q))
-    names = tuple(f"cpu.{merge}_conv_fprop_{algorithm}_f32" for algorithm in algorithms)
-    return Problem(f"{merge}_conv_{name}", spec, names, source)
-
-
-def conv_both(name: str, C: int, K: int, *args: Any, **options: Any) -> Iterator[Problem]:
-    """Two sources of C channels, added and concatenated."""
-    for merge in (ADD, CONCAT):
-        yield conv(name, merge, (C, C), K, *args, **options)
-
-
-def dense(
-    name: str,
-    merge: Merge,
-    channels: Sequence[int | Part],
-    K: int,
-    *,
-    rows: int = 7,
-    residual: Part | None = None,
-    source: str = "",
-    **epilogue: Any,
-) -> Problem:
-    """A merge and a matrix product over `rows` rows."""
-    spec = FusionSpec(
-        merge,
-        tuple(
-            part.spec((rows, part.C)) if isinstance(part, Part) else Part(part).spec((rows, part)) for part in channels
-        ),
-        Dense(K),
-        residual=None if residual is None else residual.spec((rows, K)),
-        strict=True,
-        **{"bias": True} | epilogue,
-    )
-    return Problem(f"{merge}_dense_{name}", spec, (f"cpu.{merge}_dense_fprop_gemm_f32",), source)
-
-
-def join(
-    name: str,
-    merge: Merge,
-    *shapes: tuple[int, ...],
-    dtypes: str | Sequence[str] = "float32",
-    dtype: str | None = None,
-    axis: int = 0,
-    activation: Activation | None = None,
-    part: Part | None = None,
-    streams: tuple[str, ...] = ("any",),
-) -> Problem:
-    """A merge without contraction; `part` is the prologue of the last source, `dtype` that of the result."""
-    each = [dtypes] * len(shapes) if isinstance(dtypes, str) else dtypes
-    sources = [SourceSpec(shape, dtype) for shape, dtype in zip(shapes, each, strict=True)]
-    if part is not None:
-        sources[-1] = replace(part.spec(shapes[-1]), dtype=each[-1])
-    spec = FusionSpec(merge, tuple(sources), dtype=dtype or each[0], axis=axis, activation=activation)
-    return Problem(f"{merge}_{name}", spec, tuple(f"cpu.{merge}_fprop_stream_{stream}" for stream in streams))
-
-
-def in_nchw(problem: Problem) -> Problem:
-    """The same convolution with its maps channels first."""
-
-    def moved(source: SourceSpec) -> SourceSpec:
-        n, h, w, c = source.shape
-        return replace(source, shape=(n, c, h, w))
-
-    spec = problem.spec
-    residual = None if spec.residual is None else moved(spec.residual)
-    spec = replace(spec, layout=Layout.NCHW, sources=tuple(map(moved, spec.sources)), residual=residual)
-    return replace(problem, name=f"{problem.name}_nchw", spec=spec)
-
-
-def in_float64(problem: Problem) -> Problem:
-    """The same contraction in float64, pinned to the float64 kernels."""
-    spec = problem.spec
-    sources = tuple(replace(source, dtype="float64") for source in spec.sources)
-    residual = None if spec.residual is None else replace(spec.residual, dtype="float64")
-    spec = replace(spec, dtype="float64", sources=sources, residual=residual)
-    kernels = tuple(name.replace("_f32", "_f64") for name in problem.kernels)
-    return replace(problem, name=f"{problem.name}_f64", spec=spec, kernels=kernels)
-
+__all__ = [
+    "CONVS",
+    "DENSES",
+    "JOINS",
+    "PROBLEMS",
+    "QUARTER_LEAKY",
+    "RELU",
+    "REWRITTEN",
+    "Part",
+    "Problem",
+    "conv",
+    "dense",
+    "in_float64",
+    "in_nchw",
+    "join",
+]
 
 F32 = ("f32", "any")
 
@@ -251,9 +120,7 @@ DENSES = (
     dense("gelu", CONCAT, (9, 7), 17, activation=Activation("gelu")),
 )
 
-GEMM = ("gemm", "direct")  # a 1×1 filter at stride 1 without padding: a matrix product over the pixels
 DEPTHWISE = ("depthwise", "direct")
-NO_PAD = ((0, 0), (0, 0))
 
 CONVS = (
     *conv_both("one_pixel", 8, 8, 1, 1, H=1, W=1, algorithms=GEMM),
@@ -352,39 +219,6 @@ CONVS = (
     ),
 )
 
-WINOGRAD: dict[str, Any] = {"strict": False, "algorithms": ("winograd", "direct")}
-
-REWRITTEN = (
-    *conv_both("winograd_one_tile", 32, 16, H=4, W=4, **WINOGRAD),
-    *conv_both("winograd_one_output", 32, 5, H=3, W=3, padding=NO_PAD, **WINOGRAD),
-    *conv_both("winograd_tile_plus_one", 33, 33, H=5, W=9, **WINOGRAD),
-    *conv_both("winograd_tile_minus_one", 32, 31, H=7, W=3, **WINOGRAD),
-    *conv_both("winograd_valid", 34, 20, H=9, W=8, padding=NO_PAD, **WINOGRAD),
-    *conv_both("winograd_asymmetric_pad", 32, 10, N=2, H=7, W=9, padding=((1, 0), (0, 2)), **WINOGRAD),
-    *conv_both("winograd_pad_beyond_the_filter", 32, 10, H=9, W=13, padding=((4, 0), (0, 5)), **WINOGRAD),
-    *conv_both("winograd_many_tiles", 32, 9, H=33, W=47, **WINOGRAD),
-    *conv_both("winograd_wide_map", 32, 9, H=5, W=211, **WINOGRAD),
-    *conv_both("winograd_tall_map", 32, 9, H=211, W=5, **WINOGRAD),
-    *conv_both("winograd_batch_of_odd_maps", 32, 64, N=5, H=6, W=13, **WINOGRAD),
-    *conv_both("winograd_chunk_of_channels_plus_one", 65, 20, H=6, W=5, **WINOGRAD),
-    *conv_both("winograd_many_channels", 300, 20, H=5, W=5, **WINOGRAD),
-    *conv_both("winograd_many_filters", 32, 600, H=5, W=3, **WINOGRAD),
-    *conv_both("winograd_whole_blocks", 32, 320, H=6, W=9, residual=Part(320, weight="vector"), **WINOGRAD),
-    *conv_both("winograd_without_bias", 32, 10, bias=False, **WINOGRAD),
-    *conv_both("winograd_residual", 32, 10, residual=Part(10), activation=RELU, **WINOGRAD),
-    *conv_both("winograd_residual_upsampled", 32, 10, H=6, W=8, residual=Part(10, (2, 2), "vector"), **WINOGRAD),
-    conv("winograd_gelu", CONCAT, (26, 6), 21, activation=Activation("gelu"), **WINOGRAD),
-    conv("winograd_leaky_relu", ADD, (32, 32), 21, activation=QUARTER_LEAKY, **WINOGRAD),
-    conv("winograd_one_source", ADD, (35,), 10, **WINOGRAD),
-    conv("winograd_five_sources", ADD, (33,) * 5, 10, **WINOGRAD),
-    conv("winograd_five_sources", CONCAT, (3, 8, 1, 17, 62), 10, **WINOGRAD),
-    conv("winograd_upsampled", ADD, (35, Part(35, (2, 2))), 10, H=6, W=8, source="FPN, top-down step", **WINOGRAD),
-    conv("winograd_upsampled", CONCAT, (35, Part(5, (2, 2))), 10, H=6, W=8, source="U-Net, decoder step", **WINOGRAD),
-    conv("winograd_upsampled_unevenly", CONCAT, (Part(29, (3, 2)), Part(4, (1, 4))), 10, H=6, W=8, **WINOGRAD),
-    conv("winograd_weighted", ADD, (Part(35, weight="scalar"), Part(35, (2, 2), "vector")), 9, H=8, W=6, **WINOGRAD),
-    conv("winograd_return_sum", ADD, (33, 33, 33), 10, N=2, return_sum=True, **WINOGRAD),
-)
-
 PROBLEMS = (
     *JOINS,
     *(in_float64(problem) for problem in JOINS if "cpu.add_fprop_stream_f32" in problem.kernels),
@@ -395,4 +229,5 @@ PROBLEMS = (
     *map(in_float64, CONVS),
     *REWRITTEN,
     *map(in_nchw, REWRITTEN),
+    *(in_float64(problem) for problem in REWRITTEN if "cpu.concat_conv_fprop_commuted_f32" in problem.kernels),
 )
