@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import fusionops as fo
-from fusionops.cpu import commuted, device, jit, threads
+from fusionops.cpu import commuted, device, jit, stream, threads
 from fusionops.cpu.stream import STREAM_BYTES
 from fusionops.cpu.tiling import SCRATCH_LIMIT, plan
 from fusionops.problems import conv
@@ -33,6 +33,27 @@ def test_concat_into_rows_that_interleave_around_the_caches():
     sources = [np.full((rows, 1, 3), i + 1, np.float32) for i in range(2)]
     fo.concat(sources, axis=1, out=out)
     np.testing.assert_array_equal(out, np.concatenate(sources, 1))
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "float32"])
+@pytest.mark.parametrize("shortest", [1, 64])
+def test_concat_of_runs_of_any_length_around_the_caches(dtype, shortest, monkeypatch):
+    """Lines that one run fills, that two or three share, at any place in a line of the output and of the sources."""
+    monkeypatch.setattr(stream, "STREAM_BYTES", 0)
+    rng = np.random.default_rng(5)
+    for _ in range(60):
+        rows, size = rng.integers(1, 70), np.dtype(dtype).itemsize
+        widths = rng.integers(-(-shortest // size), 200, rng.integers(1, 6))
+        sources = [
+            rng.integers(0, 99, (rows, width + 3)).astype(dtype)[:, rng.integers(4) :][:, :width] for width in widths
+        ]
+        start, nbytes = 64 + int(rng.integers(16)) * size, int(rows * widths.sum()) * size
+        memory = np.full(nbytes + 256, 7, np.uint8)
+        out = memory[start : start + nbytes].view(dtype).reshape(rows, -1)
+        fo.concat(sources, axis=1, out=out)
+        np.testing.assert_array_equal(out, np.concatenate(sources, axis=1))
+        assert (memory[:start] == 7).all()
+        assert (memory[start + nbytes :] == 7).all()
 
 
 @pytest.mark.parametrize("offset", [1, 2, 4, 8])

@@ -20,7 +20,7 @@ import numpy as np
 from fusionops.cpu import activation, threads
 from fusionops.cpu.block import WEIGHT_KINDS, weight_word
 from fusionops.cpu.memory import address
-from fusionops.cpu.simd import COMPUTED
+from fusionops.cpu.simd import COMPUTED, VECTOR_BYTES
 from fusionops.cpu.streaming import (
     BLOCK_BYTES,
     CONCAT_HEAD,
@@ -28,6 +28,7 @@ from fusionops.cpu.streaming import (
     HEAD,
     LONG_BYTES,
     STAGE_BYTES,
+    WOVEN,
     add_task,
     concat_task,
     operand_words,
@@ -243,7 +244,8 @@ def concat_plan(spec: FusionSpec, config: StreamConfig, strides: tuple[Strides, 
     covers = not others and row_step(spec.out_shape, out, axis, item) == total
     staged = total if config.nontemporal and covers and total < LONG_BYTES else 0
     block = max(1, (STAGE_BYTES if staged else BLOCK_BYTES) // max(1, total))
-    words = [len(spans), rows, task_rows, pieces, int(config.nontemporal), staged, block]
+    stores = WOVEN if staged and min(span[-1] for span in spans) >= VECTOR_BYTES else int(config.nontemporal)
+    words = [len(spans), rows, task_rows, pieces, stores, staged, block]
     words.append(0)  # the output's address
     words += [word for span in spans for word in span]
     tasks = -(-rows // task_rows) * pieces if spans else 0

@@ -20,7 +20,7 @@ from fusionops.cpu.transpose import stack_words
 # Words of an add: these, the extents, then for each operand (output first) base, weight kind, weight, steps, factors.
 SOURCES, DEPTH, ROWS, TASK_ROWS, PIECES, PIECE, PLAIN, NONTEMPORAL, ACTIVATION, SLOPE, CHANNEL = range(11)
 HEAD = 11
-# Words of a concat: sources, rows, rows of a task, pieces of a row, whether around the caches, bytes of a staged row,
+# Words of a concat: sources, rows, rows of a task, pieces of a row, how it is stored, bytes of a staged row,
 # rows at a time, output; then for each source its address and step, where it starts in an output row, that row's step,
 # bytes of a row.
 CONCAT_HEAD, CONCAT_WORDS = 8, 5
@@ -269,6 +269,9 @@ def stream_lines(typing, to, source, lines):
 
 # Bytes of the output gathered in L1 at a time. 16 KiB took 1.25× as long: the memory rests while the stores leave.
 STAGE_BYTES = 1 << 11
+ROWS_AHEAD = 8  # of a source, asked for so much earlier: 4 and 16 took as long, none 1.07 times as long out of cache
+LINE_WORDS = 3 * VECTOR_BYTES // 8  # room for a line, and for the vectors that fill it from either side
+WOVEN = 2  # how outputs are stored, beside 0, through the caches, and 1, around them
 LONG_BYTES = 1 << 13  # a run this long goes around the caches by itself: its first and last line hardly count
 STAGE_WORDS = (LONG_BYTES + STAGE_BYTES) // 8 + 32  # a row less than LONG_BYTES, room to align, and what is held back
 BLOCK_BYTES = 1 << 12  # of the output, written by all sources in turn: a page, which the prefetchers follow
@@ -301,6 +304,40 @@ def concat_block(params, to, row, count, piece, pieces):
 
 
 @inline
+def weave_around(params, row0, row1):
+    """concat_around for runs of a line and more: lines that one source fills go straight from there to the output.
+
+    Only a line that is begun by one run and ended by the next is put together in L1. Against gathering all lines there:
+    0.95 of the time at 8 MiB of output, 0.85 at 128 (9 interleaved rounds, two sources of 64 float32 channels).
+    """
+    p = words(params)
+    stage = stack_words(LINE_WORDS) + VECTOR_BYTES
+    to = p[7] + row0 * p[5]
+    held, skip = 0, -to % VECTOR_BYTES  # bytes of a line that is begun; bytes of a run that are stored already
+    s = words(params + 8 * CONCAT_HEAD)
+    copy_rows(to, 0, s[0] + row0 * s[1], 0, 1, skip)
+    to += skip
+    for row in range(row0, row1):
+        for j in range(p[0]):
+            s = words(params + 8 * (CONCAT_HEAD + j * CONCAT_WORDS))
+            run, size = s[0] + row * s[1], s[4]
+            prefetch_read(run + ROWS_AHEAD * s[1], size)
+            if held > 0:
+                copy_rows(stage + held, 0, run, 0, 1, VECTOR_BYTES)
+                stream_lines(to, stage, 1)
+                to += VECTOR_BYTES
+                skip = VECTOR_BYTES - held
+            lines = (size - skip) // VECTOR_BYTES
+            stream_lines(to, run + skip, lines)
+            to += lines * VECTOR_BYTES
+            held = size - skip - lines * VECTOR_BYTES
+            if held > 0:  # the run's last line, of which the stage keeps the end
+                copy_rows(stage + held - VECTOR_BYTES, 0, run + size - VECTOR_BYTES, 0, 1, VECTOR_BYTES)
+            skip = 0
+    copy_rows(to, 0, stage, 0, 1, held)
+
+
+@inline
 def concat_around(params, row0, row1):
     """Rows that lie side by side in the output, stored around the caches.
 
@@ -330,7 +367,9 @@ def concat_around(params, row0, row1):
             skip = first * VECTOR_BYTES
             stream_lines(to + skip, stage + skip, lines - first)
             rest = held - lines * VECTOR_BYTES
-            copy_rows(stage, 0, stage + lines * VECTOR_BYTES, 0, 1, rest)
+            copy_rows(
+                stage, 0, stage + lines * VECTOR_BYTES, 0, 1, VECTOR_BYTES
+            )  # all of it: no loop over `rest` bytes
             to, held = to + lines * VECTOR_BYTES, rest
     copy_rows(to + lead, 0, stage + lead, 0, 1, held - lead)
 
@@ -344,7 +383,9 @@ def concat_task() -> int:
         rows, task_rows, pieces, staged_bytes, block = p[1], p[2], p[3], p[5], p[6]
         piece, row0 = index % pieces, index // pieces * task_rows
         row1 = min(rows, row0 + task_rows)
-        if staged_bytes:
+        if p[4] == WOVEN:
+            weave_around(params, row0, row1)
+        elif staged_bytes:
             concat_around(params, row0, row1)
         else:
             to_step = words(params + 8 * CONCAT_HEAD)[3]
