@@ -162,7 +162,8 @@ def test_exact_on_integers(kernel, problem):
 @every_rewrite
 def test_a_rewrite_rounds_little_more_than_a_strict_kernel(kernel, problem, kind):
     """Relative L2 error at most 4e-6, and three times that of the strict kernel; of numbers over 12 decades, where one
-    product makes a sum and a strict sum hardly rounds, only the first. Over many images, as errors of few vary.
+    product makes a sum and a strict sum hardly rounds, only the first. Over many images, as errors of few vary. In
+    float64 as many units of roundoff.
     """
     spec = with_batch(problem.spec, 16)
     strict = next(other for other in cpu.KERNELS if not other.unsupported(replace(spec, strict=True)))
@@ -173,8 +174,11 @@ def test_a_rewrite_rounds_little_more_than_a_strict_kernel(kernel, problem, kind
         np.linalg.norm(execute(each, spec, operands)[0].astype(np.float64) - expected[0]) / exact
         for each in (kernel, strict)
     ]
-    assert 0 < errors[0] <= 4e-6
-    assert kind == "badly_scaled" or errors[0] <= 3 * errors[1]
+    assert 0 < errors[0] <= 4e-6 * (np.finfo(spec.dtype).eps / np.finfo("float32").eps)
+    if (
+        spec.dtype == "float32" and kind != "badly_scaled"
+    ):  # the reference rounds as float64 kernels do: no judge of them
+        assert errors[0] <= 3 * errors[1]
 
 
 @pytest.mark.parametrize("kind", ["normal", "positive", "badly_scaled"])

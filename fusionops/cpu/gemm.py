@@ -33,9 +33,11 @@ from fusionops.spec import ITEM_BYTES, Conv2d, Dense, FusionSpec, Layout, Merge
 
 AREAS = (at.AT_PANEL, at.AT_SUMS, at.AT_OUT, at.AT_RESIDUAL, at.AT_COPY, at.AT_SEGMENTS)
 
-# Of a filter block's chunk, which stays in L1 while all pixels of a task are multiplied with it.
+# Of a filter block's chunk, most of which stays in L1 while all pixels of a task are multiplied with it. From 32 to 512
+# KiB the geometric means over eleven problems were within 5 % of one another.
 PANEL_BYTES = 64 * 1024
 # With fewer register tiles of pixels than this, copying a block of filters costs more than reading it from L2 again.
+# Never copying took 1.32 times as long for 64 pixels, 384 channels and 1024 filters, 0.94 and 1.03 in two others.
 COPY_TILES = 3
 # Rows of filters longer than this bring those of a block to a few sets of the L1 cache.
 LONG_ROW_BYTES = 512

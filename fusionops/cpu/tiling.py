@@ -32,10 +32,10 @@ FILTER_SHARE = 4
 # Tiles one vector wide load nearly as often as they multiply. Alone, in L1, one of 24×1 vectors reaches the FMA peak;
 # in six convolutions of U-Net and FPN it took 1.25 to 1.40 times as long as 6×4 (AVX-512, interleaved rounds).
 ONE_VECTOR_EFFICIENCY = 0.78
-# 14×2 vectors reach 0.95 to 1.0 of the FMA peak alone, 6×4 0.87 to 0.91 (registers are as full, the loads of filters
-# are half as many). With 3×3 filters 6×4 nevertheless took 0.89 to 1.0 of the time of 14×2 in nine convolutions of
-# U-Net and FPN; in six 1×1 and dense ones of YOLO, ResNet and Keras 14×2 took 0.5 to 1.03 of the time of 6×4.
-FLAT_VECTORS = 2
+# The tiles are about as fast as one another: 6×4 vectors took 0.85 to 1.05 of the time of 14×2 in fourteen 1×1 and
+# dense problems. In Winograd's products, whose chunks are short, 1.32 for 512 filters at 32×32, 0.92 to 1.06 in six
+# others (interleaved rounds).
+NARROW_VECTORS = 2
 # A tile of fewer pixels reads its filters too often. On 16 registers of 32 bytes (AVX2 on the same machine) 2×2 vectors
 # reach 0.87 of the FMA peak alone and 0.60 to 0.66 in three convolutions, 6×1 all of it and 0.70 to 0.87.
 FEWEST_PIXELS = 4
@@ -159,18 +159,17 @@ def wide_register_tiles(device: CpuDevice) -> tuple[tuple[int, int], ...]:
     return tuple((mr, min(nv, WIDEST_ROW)) for mr, nv in tiles if nv)
 
 
-def choose_register_tile(filters: int, item_bytes: int, device: CpuDevice, *, flat: bool = False) -> tuple[int, int]:
+def choose_register_tile(filters: int, item_bytes: int, device: CpuDevice, *, narrow: bool = False) -> tuple[int, int]:
     """The tile that wastes the fewest columns on `filters` output channels.
 
-    Of equals the widest, which reads the pixels of a long reduction from L2 least often; for a `flat` contraction,
-    whose reductions are short and whose tiles therefore end often, the one of two vectors.
+    Of equals the widest, which reads the pixels of a long reduction from L2 least often, or the one of two vectors.
     """
 
     def cost(tile: tuple[int, int]) -> tuple[float, int]:
         _, nv = tile
         width = nv * VECTOR_BYTES // item_bytes
         columns = -(-filters // width) * nv / (ONE_VECTOR_EFFICIENCY if nv == 1 else 1.0)
-        return columns, abs(nv - FLAT_VECTORS) if flat else -nv
+        return columns, abs(nv - NARROW_VECTORS) if narrow else -nv
 
     return min(register_tiles(device), key=cost)
 

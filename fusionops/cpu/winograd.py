@@ -123,7 +123,7 @@ def _tilings(spec: FusionSpec, device: CpuDevice) -> Iterator[tuple[float, Winog
     K, C = spec.conv.K, spec.C
     tiles = spec.N * -(-spec.P // OUTPUTS) * -(-spec.Q // OUTPUTS)
     depth = min(C, LINE * balanced(-(-C // LINE), DEPTH // LINE))
-    mr, nv = choose_register_tile(K, ITEM, device, flat=True)
+    mr, nv = choose_register_tile(K, ITEM, device, narrow=True)
     width = nv * VECTOR_BYTES // ITEM
     blocks = -(-K // width)
     packed = POINTS * blocks * width * C
