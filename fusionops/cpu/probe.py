@@ -17,7 +17,7 @@ from fusionops.cpu import stream, threads
 from fusionops.cpu.host import device
 from fusionops.cpu.jit import task
 from fusionops.cpu.memory import address, allocate
-from fusionops.cpu.microkernel import gemm_tile
+from fusionops.cpu.microkernel import gemm_rows
 from fusionops.cpu.simd import VECTOR_BYTES, Lanes, word, words
 from fusionops.kernel import Operands
 from fusionops.spec import FusionSpec, Merge, SourceSpec
@@ -63,8 +63,7 @@ def _tile_task(bits: int, mr: int, nv: int) -> int:
     def multiply(params, index, slot):
         p = words(params)
         for _ in range(p[0]):
-            gemm_tile(bits, mr, nv, p[1], p[2], 0, 1, 0, 0, 1, 0, 0, p[3], p[4], p[7], p[5] + slot * p[6],
-                      0, p[4], 0, p[4], 0)  # fmt: skip
+            gemm_rows(bits, mr, nv, p[1], 0, p[2], p[3], p[6], p[4] + slot * p[5], 0, p[3], 0, p[1])
 
     return task(multiply)
 
@@ -88,10 +87,10 @@ def tile_rate(threads_used: int, mr: int, nv: int, dtype: str = "float32", secon
     rng = np.random.default_rng(0)
     a, panel = rng.random(DEPTH).astype(dtype), allocate(DEPTH * width * item)  # aligned, as packed filters are
     panel.array[:] = 0
-    sums, pixels = np.zeros(threads_used * mr * width, dtype), np.zeros(mr, np.int64)
+    sums = np.zeros(threads_used * mr * width, dtype)
     step_flops = 2.0 * DEPTH * mr * width
     repeats = int(TASK_FLOPS / step_flops)
-    addresses = [address(a), address(pixels), DEPTH, panel.start, address(sums), mr * width * item, width]
+    addresses = [address(a), DEPTH, panel.start, address(sums), mr * width * item, width]
     params = np.array([repeats, *addresses], np.int64)
     return _rate(_tile_task(8 * item, mr, nv), params, repeats * step_flops, threads_used, seconds)
 
