@@ -10,14 +10,18 @@ from fusionops.compare.workloads import Workload
 from fusionops.spec import Merge, same_padding
 
 POSITIONS = 12  # besides the corners
+REWRITES = ("winograd", "commuted")  # in the names of kernels
+QUARTER = 0.25  # of the distance of one integer from the next
 
 
 def assert_exact(workload: Workload, merge: Merge, run) -> None:
     """`run(instance)` must write exactly what the equation says at the corners and some other positions.
 
+    A kernel that forms other products than the equation's rounds them; it must come within a QUARTER of the integer.
     Activations that are not exact on integers are left out: the tests of the kernels bound them.
     """
-    spec = explain(workload, merge).spec
+    explanation = explain(workload, merge)
+    spec, rewrites = explanation.spec, any(word in explanation.kernel for word in REWRITES)
     instance = build(workload, small_integers(), None)
     out = instance.outs[merge]
     out.fill(np.nan)
@@ -27,9 +31,11 @@ def assert_exact(workload: Workload, merge: Merge, run) -> None:
     corners = [[0] * len(extents), [extent - 1 for extent in extents]]
     for position in [*corners, *(rng.integers(extents) for _ in range(POSITIONS))]:
         position = tuple(int(index) for index in position)
-        np.testing.assert_array_equal(
-            out[position], expected(instance, merge, position), str((workload.name, position))
-        )
+        actual, right = out[position], expected(instance, merge, position)
+        if rewrites:
+            assert (np.abs(actual - right) <= QUARTER).all(), (workload.name, position)
+        else:
+            np.testing.assert_array_equal(actual, right, str((workload.name, position)))
 
 
 def expected(instance, merge, position):
