@@ -229,6 +229,22 @@ def test_more_threads_than_processors(process):
     )
 
 
+def test_kernels_from_the_cache_come_without_the_compiler(process):
+    """A first call loads machine code and not numba's tables of types, which a user's own code still gets."""
+    process.run("import ops; ops.check()")
+    process.run(
+        """
+        import sys
+        import ops
+        ops.check()
+        assert "numba.np.arraymath" not in sys.modules, "something was compiled, or loaded as if it were to be"
+        import neighbour
+        neighbour.work()
+        ops.check()
+        """
+    )
+
+
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 def test_multiprocessing(process, method):
     process.run(

@@ -14,10 +14,10 @@ from __future__ import annotations
 import functools
 
 from fusionops.cpu import params as at
-from fusionops.cpu.epilogue import NOWHERE, ask_for_output, finish_tile, scatter_tile
+from fusionops.cpu.epilogue import NOWHERE, ask_for_output, tile_finisher, tile_scatterer
 from fusionops.cpu.jit import inline, task
 from fusionops.cpu.microkernel import gemm_tile
-from fusionops.cpu.prologue import load_tile
+from fusionops.cpu.prologue import tile_loader
 from fusionops.cpu.simd import elements, words
 from fusionops.cpu.tiling import GROUP_WORDS
 
@@ -102,23 +102,31 @@ def group_pixels(params, scratch, mr, n, p0, p1, q0, q1):
     return count
 
 
+@inline
+def locate_task(params, index):
+    """Image, output rows and columns, group and filter blocks of a task, each run as its start and its end."""
+    p = words(params)
+    parts = (p[at.BLOCKS] + p[at.TASK_BLOCKS] - 1) // p[at.TASK_BLOCKS]
+    block0 = index % parts * p[at.TASK_BLOCKS]
+    group, tile = index // parts % p[at.GROUPS], index // parts // p[at.GROUPS]
+    p0 = tile // p[at.TILES_Q] % p[at.TILES_P] * p[at.TILE_P]
+    q0 = tile % p[at.TILES_Q] * p[at.TILE_Q]
+    p1, q1 = min(p[at.P], p0 + p[at.TILE_P]), min(p[at.Q], q0 + p[at.TILE_Q])
+    n = tile // p[at.TILES_Q] // p[at.TILES_P]
+    return n, p0, p1, q0, q1, group, block0, min(p[at.BLOCKS], block0 + p[at.TASK_BLOCKS])
+
+
 @functools.cache
 def conv_task(bits: int, mr: int, nv: int) -> int:
     """Address of the task compiled for one register tile."""
+    load_tile, finish_tile, scatter_tile = tile_loader(bits), tile_finisher(bits), tile_scatterer(bits)
     width = nv * (512 // bits)
     item = bits // 8
 
     def conv(params, index, slot):
         p = words(params)
         scratch = p[at.SCRATCH] + slot * p[at.SCRATCH_BYTES]
-        parts = (p[at.BLOCKS] + p[at.TASK_BLOCKS] - 1) // p[at.TASK_BLOCKS]
-        part = index % parts
-        group = index // parts % p[at.GROUPS]
-        tile = index // parts // p[at.GROUPS]
-        q0 = tile % p[at.TILES_Q] * p[at.TILE_Q]
-        p0 = tile // p[at.TILES_Q] % p[at.TILES_P] * p[at.TILE_P]
-        n = tile // p[at.TILES_Q] // p[at.TILES_P]
-        p1, q1 = min(p[at.P], p0 + p[at.TILE_P]), min(p[at.Q], q0 + p[at.TILE_Q])
+        n, p0, p1, q0, q1, group, block0, block1 = locate_task(params, index)
         h0, w0 = p0 * p[at.STRIDE_H] - p[at.PAD_TOP], q0 * p[at.STRIDE_W] - p[at.PAD_LEFT]
         count = group_pixels(params, scratch, mr, n, p0, p1, q0, q1)
         pixel = words(scratch + p[at.AT_PIXELS])
@@ -126,7 +134,6 @@ def conv_task(bits: int, mr: int, nv: int) -> int:
         outs, residuals, copy = scratch + p[at.AT_OUT], scratch + p[at.AT_RESIDUAL], scratch + p[at.AT_COPY]
         channels, filters = p[at.C] // p[at.GROUPS], p[at.K] // p[at.GROUPS]
         dense_rows = p[at.DILATION_W] == 1
-        block0, block1 = part * p[at.TASK_BLOCKS], min(p[at.BLOCKS], (part + 1) * p[at.TASK_BLOCKS])
         block_bytes = p[at.R] * p[at.S] * channels * width * item
         # Sums are kept for as long as they are needed: until the last chunk, or until a whole block is stored at once.
         kept_blocks, kept_tiles = channels > p[at.DEPTH], channels > p[at.DEPTH] or p[at.OUT_K] != 1
@@ -134,7 +141,7 @@ def conv_task(bits: int, mr: int, nv: int) -> int:
         for c0 in range(0, channels, p[at.DEPTH]):
             depth = min(p[at.DEPTH], channels - c0)
             is_last = c0 + depth == channels
-            load_tile(bits, params, scratch, p[at.PITCH], n, h0, p[at.ROWS], w0, p[at.COLS],
+            load_tile(params, scratch, p[at.PITCH], n, h0, p[at.ROWS], w0, p[at.COLS],
                       group * channels + c0, depth)  # fmt: skip
             for turn in range((block1 - block0) * count):  # every filter block with every register tile of pixels
                 block, g = block0 + turn // count, turn % count
@@ -168,11 +175,11 @@ def conv_task(bits: int, mr: int, nv: int) -> int:
                           inner, p[at.DILATION_W] * depth, depth, run, b, width, sums, c0,
                           following + g * share, step, near, near_step)  # fmt: skip
                 if is_last:
-                    finish_tile(bits, params, sums, width, outs + g * mr * 8, residuals + g * mr * 8, copy,
+                    finish_tile(params, sums, width, outs + g * mr * 8, residuals + g * mr * 8, copy,
                                 groups[head + 4], k0, used, p[at.OUT_K] != 1)  # fmt: skip
                     if p[at.OUT_K] != 1 and g + 1 == count:
                         sums = scratch + p[at.AT_SUMS] + kept_blocks * (block - block0) * count * tile_bytes
-                        scatter_tile(bits, params, sums, outs, count * mr, k0, used)
+                        scatter_tile(params, sums, outs, count * mr, k0, used)
 
     return task(conv)
 

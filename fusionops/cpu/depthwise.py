@@ -21,9 +21,9 @@ from numba.extending import intrinsic
 from fusionops.cpu import conv, direct, launch
 from fusionops.cpu import params as at
 from fusionops.cpu.block import Strides, Words
-from fusionops.cpu.epilogue import finish_tile, scatter_tile
+from fusionops.cpu.epilogue import tile_finisher, tile_scatterer
 from fusionops.cpu.jit import task
-from fusionops.cpu.prologue import load_tile
+from fusionops.cpu.prologue import tile_loader
 from fusionops.cpu.simd import COMPUTED, I64, VECTOR_BYTES, Lanes, word, words
 from fusionops.cpu.tiling import (
     GROUP_WORDS,
@@ -119,6 +119,7 @@ def cut(spec: FusionSpec, tiling: ConvTiling, words: Words, filters: Strides | N
 @functools.cache
 def depthwise_task(bits: int, mr: int, nv: int) -> int:
     """Address of the task compiled for one register tile."""
+    load_tile, finish_tile, scatter_tile = tile_loader(bits), tile_finisher(bits), tile_scatterer(bits)
     item = bits // 8
     width = nv * VECTOR_BYTES // item
 
@@ -138,7 +139,7 @@ def depthwise_task(bits: int, mr: int, nv: int) -> int:
         block0, block1 = part * p[at.TASK_BLOCKS], min(p[at.BLOCKS], (part + 1) * p[at.TASK_BLOCKS])
         c0 = block0 * width
         depth = min(p[at.K], block1 * width) - c0
-        load_tile(bits, params, scratch, p[at.PITCH], n, h0, p[at.ROWS], w0, p[at.COLS], c0, depth)
+        load_tile(params, scratch, p[at.PITCH], n, h0, p[at.ROWS], w0, p[at.COLS], c0, depth)
         a_row, a_col = p[at.DILATION_H] * p[at.PITCH] * depth, p[at.DILATION_W] * depth
         for block in range(block0, block1):
             k0, used = block * width, min(width, p[at.K] - block * width)
@@ -151,10 +152,10 @@ def depthwise_task(bits: int, mr: int, nv: int) -> int:
                 sums = scratch + p[at.AT_SUMS] + (g * mr * width * item if p[at.OUT_K] != 1 else 0)
                 depthwise_tile(bits, mr, nv, a, pixels + g * mr * 8, depth, r1 - r0, a_row, p[at.S], s1 - s0, a_col,
                                panel + (r0 * p[at.S] + s0) * width * item, sums)  # fmt: skip
-                finish_tile(bits, params, sums, width, outs + g * mr * 8, residuals + g * mr * 8, copy,
+                finish_tile(params, sums, width, outs + g * mr * 8, residuals + g * mr * 8, copy,
                             groups[head + 4], k0, used, p[at.OUT_K] != 1)  # fmt: skip
             if p[at.OUT_K] != 1:
-                scatter_tile(bits, params, scratch + p[at.AT_SUMS], outs, count * mr, k0, used)
+                scatter_tile(params, scratch + p[at.AT_SUMS], outs, count * mr, k0, used)
 
     return task(depthwise)
 

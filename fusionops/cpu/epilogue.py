@@ -5,6 +5,8 @@ Reads sums from scratch and never reads the output.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
@@ -14,7 +16,7 @@ from numba.extending import intrinsic
 
 from fusionops.cpu import activation as activations
 from fusionops.cpu import params as at
-from fusionops.cpu.jit import inline
+from fusionops.cpu.jit import inline, procedure
 from fusionops.cpu.prologue import merge_rows, rounded, vector_loop
 from fusionops.cpu.simd import I64, VECTOR_BYTES, Lanes, doubles, elements, prefetch_read, prefetch_write, word, words
 from fusionops.cpu.transpose import BLOCK_WORDS, stack_words, transpose_block
@@ -111,46 +113,57 @@ def load_residual(bits, params, to, pixel, first, count):
         d[i] = value
 
 
-@inline
-def finish_tile(bits, params, sums, step, out_at, residual_at, copy, count, k0, channels, in_place):
-    """Finishes `count` pixels, `step` apart, for `channels` filters from k0 on: in place, or to the output."""
-    p = words(params)
+@functools.cache
+def tile_finisher(bits: int) -> Callable[..., None]:
+    """The procedure that finishes sums."""
     item = bits // 8
-    bias = p[at.BIAS] + k0 * item if p[at.BIAS] != 0 else 0
-    to, places = sums, 0
-    if not in_place:
-        to, places = p[at.OUT] + k0 * item, out_at
-    residual = 0
-    if p[at.RESIDUAL] != 0:
-        if p[at.RESIDUAL_K] != 1 or p[at.RESIDUAL_WEIGHT] != at.WEIGHT_NONE:
-            for i in range(count):
-                load_residual(bits, params, copy + i * step * item, words(residual_at)[i], k0, channels)
-            residual, residual_at = copy, 0
-        else:
-            residual = p[at.RESIDUAL] + k0 * item
-    finish_rows(bits, count, to, places, sums, step, channels, bias, residual, residual_at,
-                p[at.ACTIVATION], doubles(params)[at.SLOPE])  # fmt: skip
+
+    def finish_tile(params, sums, step, out_at, residual_at, copy, count, k0, channels, in_place):
+        """Finishes `count` pixels, `step` apart, for `channels` filters from k0 on: in place, or to the output."""
+        p = words(params)
+        bias = p[at.BIAS] + k0 * item if p[at.BIAS] != 0 else 0
+        to, places = sums, 0
+        if not in_place:
+            to, places = p[at.OUT] + k0 * item, out_at
+        residual = 0
+        if p[at.RESIDUAL] != 0:
+            if p[at.RESIDUAL_K] != 1 or p[at.RESIDUAL_WEIGHT] != at.WEIGHT_NONE:
+                for i in range(count):
+                    load_residual(bits, params, copy + i * step * item, words(residual_at)[i], k0, channels)
+                residual, residual_at = copy, 0
+            else:
+                residual = p[at.RESIDUAL] + k0 * item
+        finish_rows(bits, count, to, places, sums, step, channels, bias, residual, residual_at,
+                    p[at.ACTIVATION], doubles(params)[at.SLOPE])  # fmt: skip
+
+    return procedure(finish_tile, bits)
 
 
-@inline
-def scatter_tile(bits, params, sums, out_at, rows, k0, channels):
-    """Stores finished pixels to an output whose channels are OUT_K apart; rows that are NOWHERE are not pixels."""
-    p = words(params)
-    item, width = bits // 8, p[at.WIDTH]
+@functools.cache
+def tile_scatterer(bits: int) -> Callable[..., None]:
+    """The procedure that stores finished pixels to channels that do not lie side by side."""
+    item = bits // 8
     lanes = VECTOR_BYTES // item
-    offsets, step, side_by_side = words(out_at), p[at.OUT_K], p[at.OUT_Q] == 1
-    block = stack_words(BLOCK_WORDS)
-    i = 0
-    while i < rows:
-        if offsets[i] == NOWHERE:
-            i += 1
-            continue
-        end = i + 1
-        while side_by_side and end < rows and end - i < lanes and offsets[end] == offsets[end - 1] + 1:
-            end += 1
-        for k in range(0, channels, lanes):
-            used = min(lanes, channels - k)
-            transpose_block(bits, block, sums + (i * width + k) * item, width, end - i, lanes)  # width is whole vectors
-            to = p[at.OUT] + (offsets[i] + (k0 + k) * step) * item
-            merge_rows(bits, to, step, block, lanes, used, end - i, at.WEIGHT_NONE, 1.0, 0, 0)
-        i = end
+
+    def scatter_tile(params, sums, out_at, rows, k0, channels):
+        """Stores finished pixels to an output whose channels are OUT_K apart; rows that are NOWHERE are not pixels."""
+        p = words(params)
+        width = p[at.WIDTH]
+        offsets, step, side_by_side = words(out_at), p[at.OUT_K], p[at.OUT_Q] == 1
+        block = stack_words(BLOCK_WORDS)
+        i = 0
+        while i < rows:
+            if offsets[i] == NOWHERE:
+                i += 1
+                continue
+            end = i + 1
+            while side_by_side and end < rows and end - i < lanes and offsets[end] == offsets[end - 1] + 1:
+                end += 1
+            for k in range(0, channels, lanes):
+                used = min(lanes, channels - k)
+                transpose_block(bits, block, sums + (i * width + k) * item, width, end - i, lanes)  # whole vectors
+                to = p[at.OUT] + (offsets[i] + (k0 + k) * step) * item
+                merge_rows(bits, to, step, block, lanes, used, end - i, at.WEIGHT_NONE, 1.0, 0, 0)
+            i = end
+
+    return procedure(scatter_tile, bits)

@@ -13,10 +13,11 @@ import functools
 
 from fusionops.cpu import activation
 from fusionops.cpu import params as at
-from fusionops.cpu.epilogue import NOWHERE, finish_tile, scatter_tile
+from fusionops.cpu.conv import locate_task
+from fusionops.cpu.epilogue import NOWHERE, tile_finisher, tile_scatterer
 from fusionops.cpu.jit import inline, task
 from fusionops.cpu.microkernel import SEGMENT_WORDS, gemm_segments
-from fusionops.cpu.prologue import load_tile, merge_rows
+from fusionops.cpu.prologue import merge_rows, tile_loader
 from fusionops.cpu.simd import VECTOR_BYTES, clear, words
 
 # With these, sums are finished in the registers that hold them; others need registers of their own.
@@ -66,6 +67,7 @@ def list_sources(item, params, segments, n, row, col, c0, depth):
 @functools.cache
 def gemm_task(bits: int, mr: int, nv: int) -> int:
     """Address of the task compiled for one register tile."""
+    load_tile, finish_tile, scatter_tile = tile_loader(bits), tile_finisher(bits), tile_scatterer(bits)
     width = nv * (512 // bits)
     item = bits // 8
     tile_bytes, line = mr * width * item, VECTOR_BYTES
@@ -74,21 +76,13 @@ def gemm_task(bits: int, mr: int, nv: int) -> int:
     def gemm(params, index, slot):
         p = words(params)
         scratch = p[at.SCRATCH] + slot * p[at.SCRATCH_BYTES]
-        parts = (p[at.BLOCKS] + p[at.TASK_BLOCKS] - 1) // p[at.TASK_BLOCKS]
-        part = index % parts
-        group = index // parts % p[at.GROUPS]
-        tile = index // parts // p[at.GROUPS]
-        q0 = tile % p[at.TILES_Q] * p[at.TILE_Q]
-        p0 = tile // p[at.TILES_Q] % p[at.TILES_P] * p[at.TILE_P]
-        n = tile // p[at.TILES_Q] // p[at.TILES_P]
-        p1, q1 = min(p[at.P], p0 + p[at.TILE_P]), min(p[at.Q], q0 + p[at.TILE_Q])
+        n, p0, p1, q0, q1, group, block0, block1 = locate_task(params, index)
         rows = (p1 - p0) * (q1 - q0)
         count = (rows + mr - 1) // mr
         outs, residuals, copy = scratch + p[at.AT_OUT], scratch + p[at.AT_RESIDUAL], scratch + p[at.AT_COPY]
         segments = scratch + p[at.AT_SEGMENTS]
         place_rows(params, outs, residuals, n, p0, p1, q0, q1, count * mr)
         channels, filters = p[at.C] // p[at.GROUPS], p[at.K] // p[at.GROUPS]
-        block0, block1 = part * p[at.TASK_BLOCKS], min(p[at.BLOCKS], (part + 1) * p[at.TASK_BLOCKS])
         blocks, rows_first = block1 - block0, p[at.ROWS_FIRST]
         group_filters = p[at.FILTERS] + group * p[at.FILTER_GROUP] * item
         block_bytes, channel_bytes = p[at.FILTER_BLOCK] * item, p[at.FILTER_ROW] * item
@@ -110,7 +104,7 @@ def gemm_task(bits: int, mr: int, nv: int) -> int:
             if reads_sources:
                 segment_count = list_sources(item, params, segments, n, p0, q0, group * channels + c0, depth)
             else:
-                load_tile(bits, params, scratch, q1 - q0, n, p0, p1 - p0, q0, q1 - q0, group * channels + c0, depth)
+                load_tile(params, scratch, q1 - q0, n, p0, p1 - p0, q0, q1 - q0, group * channels + c0, depth)
                 if not overlaps:
                     clear(scratch + rows * depth * item, (mr - rows) * depth * item)
                 table = words(segments)
@@ -152,9 +146,9 @@ def gemm_task(bits: int, mr: int, nv: int) -> int:
                     p[at.ACTIVATION] == relu, p[at.OUT] + k0 * item, to,
                 )  # fmt: skip
                 if is_last and not in_registers:
-                    finish_tile(bits, params, sums, width, to, residual, copy, min(mr, rows), k0, used, is_turned)
+                    finish_tile(params, sums, width, to, residual, copy, min(mr, rows), k0, used, is_turned)
                     if is_turned and g + 1 == count:
-                        store_block(bits, params, scratch + p[at.AT_SUMS]
+                        store_block(scatter_tile, bits, params, scratch + p[at.AT_SUMS]
                                     + kept_blocks * (block - block0) * count * tile_bytes,
                                     outs, rows, mr, k0, used)  # fmt: skip
 
@@ -162,10 +156,10 @@ def gemm_task(bits: int, mr: int, nv: int) -> int:
 
 
 @inline
-def store_block(bits, params, sums, outs, rows, mr, k0, used):
+def store_block(scatter_tile, bits, params, sums, outs, rows, mr, k0, used):
     """Stores a finished block of all pixels of a tile; the last register tile overlaps the one before it."""
     p = words(params)
     whole = rows // mr * mr if rows >= mr else rows
-    scatter_tile(bits, params, sums, outs, whole, k0, used)
+    scatter_tile(params, sums, outs, whole, k0, used)
     if whole < rows:
-        scatter_tile(bits, params, sums + whole * p[at.WIDTH] * bits // 8, outs + (rows - mr) * 8, mr, k0, used)
+        scatter_tile(params, sums + whole * p[at.WIDTH] * bits // 8, outs + (rows - mr) * 8, mr, k0, used)

@@ -6,6 +6,8 @@ there is ever multiplied. Contains no arithmetic on filters.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
@@ -14,7 +16,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from fusionops.cpu import params as at
-from fusionops.cpu.jit import inline
+from fusionops.cpu.jit import procedure, spliced
 from fusionops.cpu.simd import VECTOR_BYTES, Lanes, doubles, elements, prefetch_read, word, words
 from fusionops.cpu.transpose import BLOCK_WORDS, stack_words, transpose_block
 
@@ -77,7 +79,7 @@ def merge_rows(typing, bits, to, to_step, source, step, rows, count, weight, fac
     return signature, codegen
 
 
-@inline
+@spliced
 def merge_strided(bits, to, source, step, count, weight, factor, weights, accumulate):
     """merge_rows for one run of channels that are `step` apart, element by element."""
     d, s, f = elements(bits, to), elements(bits, source), elements(bits, weights)
@@ -92,7 +94,7 @@ def merge_strided(bits, to, source, step, count, weight, factor, weights, accumu
         d[c] = value
 
 
-@inline
+@spliced
 def merge_transposed(
     bits, line, depth, row, step_c, stored_w, w_from, w_to, up_w, count, weight, factor, weights, accumulate
 ):
@@ -115,20 +117,18 @@ def merge_transposed(
             last = min((w_to - 1) // up_w + 1, start + lanes)
             transpose_block(bits, block, row + (start + c * step_c) * item, step_c, channels,
                             min(lanes, stored_w - start))  # fmt: skip
-            to, here = line + c * item, block + (stored - start) * lanes * item
-            if up_w == 1:
-                merge_rows(bits, to + (w - w_from) * depth * item, depth, here, lanes, last - stored, channels,
+            column = stored
+            while column < last:  # all columns at once, or one that is repeated
+                following, end, step = last, last, lanes
+                if up_w > 1:
+                    following, end, step = column + 1, min(w_to, (column + 1) * up_w), 0
+                merge_rows(bits, line + ((w - w_from) * depth + c) * item, depth,
+                           block + (column - start) * lanes * item, step, end - w, channels,
                            weight, factor, weights + c * item, accumulate)  # fmt: skip
-                w = last
-            else:
-                for column in range(stored, last):
-                    end = min(w_to, (column + 1) * up_w)
-                    merge_rows(bits, to + (w - w_from) * depth * item, depth, here + (column - stored) * lanes * item,
-                               0, end - w, channels, weight, factor, weights + c * item, accumulate)  # fmt: skip
-                    w = end
+                column, w = following, end
 
 
-@inline
+@spliced
 def merge_line(
     bits, line, depth, row, step_w, step_c, stored_w, w_from, w_to, up_w, count, weight, factor, weights, accumulate
 ):
@@ -142,57 +142,59 @@ def merge_line(
         for w in range(w_from, w_to):
             merge_strided(bits, line + (w - w_from) * depth * item, row + w // up_w * step_w * item, step_c, count,
                           weight, number, weights, accumulate)  # fmt: skip
-    elif up_w == 1 and count == depth and step_w == depth and weight != at.WEIGHT_VECTOR:
-        merge_rows(bits, line, 0, row + w_from * step_w * item, 0, 1, (w_to - w_from) * depth,
-                   weight, factor, weights, accumulate)  # fmt: skip
-    elif up_w == 1:
-        merge_rows(bits, line, depth, row + w_from * step_w * item, step_w, w_to - w_from, count,
-                   weight, factor, weights, accumulate)  # fmt: skip
-    else:  # each stored pixel is repeated, up_w times but at the tile's edges
+    else:
+        is_one_run = up_w == 1 and count == depth and step_w == depth and weight != at.WEIGHT_VECTOR
         w = w_from
-        while w < w_to:
-            stored = w // up_w
-            end = min(w_to, (stored + 1) * up_w)
-            merge_rows(bits, line + (w - w_from) * depth * item, depth, row + stored * step_w * item, 0, end - w, count,
+        while w < w_to:  # all pixels at once, or one that is repeated, up_w times but at the tile's edges
+            stored, end, step = w // up_w, w_to, step_w
+            if up_w > 1:
+                end, step = min(w_to, (stored + 1) * up_w), 0
+            rows, run = (1, (end - w) * depth) if is_one_run else (end - w, count)
+            merge_rows(bits, line + (w - w_from) * depth * item, depth, row + stored * step_w * item, step, rows, run,
                        weight, factor, weights, accumulate)  # fmt: skip
             w = end
 
 
-@inline
-def load_tile(bits, params, to, pitch, n, h0, rows, w0, cols, c0, depth):
-    """to[h - max(h0, 0)][w - max(w0, 0)][c - c0] = merged[n, h, w, c] for h0 ≤ h < h0 + rows, w0 ≤ w < w0 + cols.
-
-    Only where h and w lie inside the map. A row of `to` has `pitch` pixels of `depth` channels.
-    """
-    p = words(params)
+@functools.cache
+def tile_loader(bits: int) -> Callable[..., None]:
+    """The procedure that loads a merged tile."""
     item = bits // 8
-    is_add = p[at.IS_ADD]
-    h_from, h_to = max(h0, 0), min(h0 + rows, p[at.H])
-    w_from, w_to = max(w0, 0), min(w0 + cols, p[at.W])
-    if w_from >= w_to:
-        return
-    for j in range(p[at.SOURCE_COUNT]):
-        here = params + 8 * (at.SOURCES + j * at.SOURCE_WORDS)
-        s = words(here)
-        first = 0 if is_add else s[at.S_FIRST]
-        c_from, c_to = max(c0, first), min(c0 + depth, first + s[at.S_CHANNELS])
-        count = c_to - c_from
-        if count <= 0:
-            continue
-        weight, factor, weights = s[at.S_WEIGHT], 1.0, 0
-        if weight == at.WEIGHT_SCALAR:
-            factor = doubles(here)[at.S_FACTOR]
-        elif weight == at.WEIGHT_VECTOR:
-            weights = s[at.S_FACTOR] + (c_from - first) * item
-        base = s[at.S_BASE] + (n * s[at.S_N] + (c_from - first) * s[at.S_C]) * item
-        up_h, up_w, step_w = s[at.S_UP_H], s[at.S_UP_W], s[at.S_W]
-        for h in range(h_from, h_to):
-            if step_w == count and h + up_h < h_to:  # the next row, whose start no hardware prefetcher guesses
-                ahead = base + ((h + up_h) // up_h * s[at.S_H] + w_from // up_w * step_w) * item
-                prefetch_read(ahead, (w_to - w_from) // up_w * count * item)
-            line = to + ((h - h_from) * pitch * depth + c_from - c0) * item
-            merge_line(bits, line, depth, base + (h // up_h) * s[at.S_H] * item, step_w, s[at.S_C], p[at.W] // up_w,
-                       w_from, w_to, up_w, count, weight, factor, weights, is_add and j > 0)  # fmt: skip
+
+    def load_tile(params, to, pitch, n, h0, rows, w0, cols, c0, depth):
+        """to[h - max(h0, 0)][w - max(w0, 0)][c - c0] = merged[n, h, w, c] for h0 ≤ h < h0 + rows, w0 ≤ w < w0 + cols.
+
+        Only where h and w lie inside the map. A row of `to` has `pitch` pixels of `depth` channels.
+        """
+        p = words(params)
+        is_add = p[at.IS_ADD]
+        h_from, h_to = max(h0, 0), min(h0 + rows, p[at.H])
+        w_from, w_to = max(w0, 0), min(w0 + cols, p[at.W])
+        if w_from >= w_to:
+            return
+        for j in range(p[at.SOURCE_COUNT]):
+            here = params + 8 * (at.SOURCES + j * at.SOURCE_WORDS)
+            s = words(here)
+            first = 0 if is_add else s[at.S_FIRST]
+            c_from, c_to = max(c0, first), min(c0 + depth, first + s[at.S_CHANNELS])
+            count = c_to - c_from
+            if count <= 0:
+                continue
+            weight, factor, weights = s[at.S_WEIGHT], 1.0, 0
+            if weight == at.WEIGHT_SCALAR:
+                factor = doubles(here)[at.S_FACTOR]
+            elif weight == at.WEIGHT_VECTOR:
+                weights = s[at.S_FACTOR] + (c_from - first) * item
+            base = s[at.S_BASE] + (n * s[at.S_N] + (c_from - first) * s[at.S_C]) * item
+            up_h, up_w, step_w = s[at.S_UP_H], s[at.S_UP_W], s[at.S_W]
+            for h in range(h_from, h_to):
+                if step_w == count and h + up_h < h_to:  # the next row, whose start no hardware prefetcher guesses
+                    ahead = base + ((h + up_h) // up_h * s[at.S_H] + w_from // up_w * step_w) * item
+                    prefetch_read(ahead, (w_to - w_from) // up_w * count * item)
+                line = to + ((h - h_from) * pitch * depth + c_from - c0) * item
+                merge_line(bits, line, depth, base + (h // up_h) * s[at.S_H] * item, step_w, s[at.S_C], p[at.W] // up_w,
+                           w_from, w_to, up_w, count, weight, factor, weights, is_add and j > 0)  # fmt: skip
+
+    return procedure(load_tile, bits)
 
 
 @intrinsic(prefer_literal=True)

@@ -11,10 +11,10 @@ from __future__ import annotations
 import functools
 
 from fusionops.cpu import params as at
-from fusionops.cpu.epilogue import finish_tile, scatter_tile
+from fusionops.cpu.epilogue import tile_finisher, tile_scatterer
 from fusionops.cpu.jit import inline, task
 from fusionops.cpu.microkernel import gemm_rows
-from fusionops.cpu.prologue import load_tile
+from fusionops.cpu.prologue import tile_loader
 from fusionops.cpu.simd import VECTOR_BYTES, clear, elements, words
 from fusionops.cpu.streaming import copy_around
 from fusionops.cpu.tiling import WORD_BYTES
@@ -56,7 +56,7 @@ def locate(params, tile, last):
 
 
 @inline
-def load_patches(params, region, n, p0, q0, count, c0, depth):
+def load_patches(load_tile, params, region, n, p0, q0, count, c0, depth):
     """The merged map under `count` tiles side by side, one pixel beyond them on each side; 0 outside the map."""
     p = words(params)
     pitch = p[at.PITCH]
@@ -65,7 +65,7 @@ def load_patches(params, region, n, p0, q0, count, c0, depth):
     if h0 < 0 or w0 < 0 or h0 + PATCH > p[at.H] or w0 + cols > p[at.W]:
         clear(region, PATCH * pitch * depth * ITEM)
     inside = region + (max(0, -h0) * pitch + max(0, -w0)) * depth * ITEM
-    load_tile(BITS, params, inside, pitch, n, h0, PATCH, w0, cols, c0, depth)
+    load_tile(params, inside, pitch, n, h0, PATCH, w0, cols, c0, depth)
 
 
 @inline
@@ -98,6 +98,7 @@ def store_around(params, finished, outs, rows, cols, k0, count):
 @functools.cache
 def winograd_task(mr: int, nv: int) -> int:
     """Address of the task compiled for one register tile."""
+    load_tile, finish_tile, scatter_tile = tile_loader(BITS), tile_finisher(BITS), tile_scatterer(BITS)
     width = nv * VECTOR_BYTES // ITEM
     half, quarter = shorter_tiles(mr)
 
@@ -121,7 +122,7 @@ def winograd_task(mr: int, nv: int) -> int:
             tile = first
             while tile < last:
                 n, p0, q0, count = locate(params, tile, last)
-                load_patches(params, region, n, p0, q0, count, c0, depth)
+                load_patches(load_tile, params, region, n, p0, q0, count, c0, depth)
                 for i in range(count):
                     to = values + (tile + i - first) * depth * ITEM
                     input_transform(BITS, to, PATCH * point_values, point_values,
@@ -167,10 +168,10 @@ def winograd_task(mr: int, nv: int) -> int:
                 for i in range(count - 1, -1, -1):
                     output_transform(BITS, finished + aside + i * OUTPUTS * pixel * ITEM, cols * pixel, pixel,
                                      start + i * width * ITEM, PATCH * point_sums, point_sums, width)  # fmt: skip
-                finish_tile(BITS, params, finished + aside, pixel, outs, residuals, copy + aside, rows * cols, k0, used,
+                finish_tile(params, finished + aside, pixel, outs, residuals, copy + aside, rows * cols, k0, used,
                             p[at.OUT_K] != 1 or p[at.AROUND])  # fmt: skip
                 if p[at.OUT_K] != 1:
-                    scatter_tile(BITS, params, finished, outs, rows * cols, k0, used)
+                    scatter_tile(params, finished, outs, rows * cols, k0, used)
             if p[at.AROUND]:
                 store_around(params, finished, outs, rows, cols, block0 * width, pixel)
             tile += count
