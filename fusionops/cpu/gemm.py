@@ -67,14 +67,14 @@ class GemmTiling(Tiling):
 
     @property
     def areas(self) -> tuple[int, ...]:
-        """Of the merged tile, a panel, sums, output and residual offsets, residual of a register tile, segments.
+        """Of the merged tile, copied filters, sums, output and residual offsets, residual of a register tile, segments.
 
-        The tile and the panel come first: what is asked for ahead of them is not the memory that another thread writes.
+        Tile and filters come first: what is asked for ahead of them is not the memory that another thread writes.
         """
         pixels = -(-self.tile_p * self.tile_q // self.mr) * self.mr
         return whole_lines((
             pixels * self.depth * self.item_bytes,
-            self.depth * self.width * self.item_bytes,
+            self.depth * self.width * self.task_blocks * self.item_bytes,
             pixels * self.width * (self.task_blocks if self.chunks > 1 else 1) * self.item_bytes,
             pixels * WORD_BYTES,
             pixels * WORD_BYTES,

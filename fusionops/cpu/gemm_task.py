@@ -18,10 +18,11 @@ from fusionops.cpu.epilogue import NOWHERE, tile_finisher, tile_scatterer
 from fusionops.cpu.jit import inline, task
 from fusionops.cpu.microkernel import SEGMENT_WORDS, gemm_segments
 from fusionops.cpu.prologue import merge_rows, tile_loader
-from fusionops.cpu.simd import VECTOR_BYTES, clear, words
+from fusionops.cpu.simd import clear, prefetch_read, words
 
 # With these, sums are finished in the registers that hold them; others need registers of their own.
 IN_REGISTERS = (activation.CODES[None], activation.CODES["relu"])
+COPY_AHEAD = 4  # rows of filters asked for ahead of their copy: 1 to 12 differed by less than the noise
 
 
 @inline
@@ -64,13 +65,31 @@ def list_sources(item, params, segments, n, row, col, c0, depth):
     return count // SEGMENT_WORDS
 
 
+@inline
+def copy_filters(bits, params, to, source, width, depth, block0, block1, filters):
+    """Copies `depth` channels of the filters of a task, which lie row by row, to one panel after the other."""
+    item = bits // 8
+    step, first = words(params)[at.FILTER_ROW] * item, source + block0 * width * item
+    whole = min(block1, filters // width) - block0
+    rest = filters - (block0 + whole) * width if block0 + whole < block1 else 0
+    end = to + whole * depth * width * item
+    if rest:
+        clear(end, depth * width * item)
+    for c in range(depth):
+        row, panel = first + c * step, c * width * item
+        prefetch_read(row + COPY_AHEAD * step, (whole * width + rest) * item)
+        merge_rows(bits, to + panel, depth * width, row, width, whole, width, at.WEIGHT_NONE, 1.0, 0, 0)
+        if rest:
+            merge_rows(bits, end + panel, 0, row + whole * width * item, 0, 1, rest, at.WEIGHT_NONE, 1.0, 0, 0)
+
+
 @functools.cache
 def gemm_task(bits: int, mr: int, nv: int) -> int:
     """Address of the task compiled for one register tile."""
     load_tile, finish_tile, scatter_tile = tile_loader(bits), tile_finisher(bits), tile_scatterer(bits)
     width = nv * (512 // bits)
     item = bits // 8
-    tile_bytes, line = mr * width * item, VECTOR_BYTES
+    tile_bytes = mr * width * item
     plain, relu = IN_REGISTERS
 
     def gemm(params, index, slot):
@@ -110,6 +129,9 @@ def gemm_task(bits: int, mr: int, nv: int) -> int:
                 table = words(segments)
                 table[0], table[1], table[2] = scratch, depth * item, depth
                 segment_count = 1
+            if p[at.COPIES_FILTERS]:
+                copy_filters(bits, params, scratch + p[at.AT_PANEL], group_filters + c0 * channel_bytes, width, depth,
+                             block0, block1, filters)  # fmt: skip
             for turn in range(blocks * count):  # every filter block with every register tile of pixels
                 block, g = (
                     (block0 + turn % blocks, turn // blocks) if rows_first else (block0 + turn // count, turn % count)
@@ -125,15 +147,8 @@ def gemm_task(bits: int, mr: int, nv: int) -> int:
                     step = width * item // count + 1
                 following += g * depth * step
                 if p[at.COPIES_FILTERS]:
-                    if step != 0:  # a column of lines in two register tiles: half of its rows with each
-                        following += g // 2 % nv * line - g * depth * step + g % 2 * (depth // 2) * channel_bytes
-                        step = channel_bytes // 2 if g < 2 * nv else 0
-                    if g == 0:
-                        if used < width:
-                            clear(scratch + p[at.AT_PANEL], depth * width * item)
-                        merge_rows(bits, scratch + p[at.AT_PANEL], width, panel, p[at.FILTER_ROW], depth, used,
-                                   at.WEIGHT_NONE, 1.0, 0, 0)  # fmt: skip
-                    panel, pitch = scratch + p[at.AT_PANEL], width
+                    panel, pitch = scratch + p[at.AT_PANEL] + (block - block0) * depth * width * item, width
+                    following, step = panel, 0
                 row = min(g * mr, rows - mr) if overlaps else 0
                 to, residual = outs + row * 8, residuals + row * 8
                 kept = (kept_blocks * (block - block0) * count + kept_tiles * g) * tile_bytes

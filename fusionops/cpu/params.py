@@ -56,7 +56,7 @@ AROUND = 64  # 1: outputs of all filters of a task are gathered and then stored 
 ROWS_FIRST = 65  # 1: all filter blocks of a task with one register tile of pixels after the other
 READS_SOURCES = 66  # 1: pixels are read where the sources have them
 FILTER_ROW, FILTER_BLOCK, FILTER_GROUP = 67, 68, 69  # elements from one channel, block, group to the next
-COPIES_FILTERS = 70  # 1: filters are copied, the chunk of a block at a time
+COPIES_FILTERS = 70  # 1: filters are copied, those of a task a chunk at a time
 AT_SEGMENTS, AT_PANEL = 71, 72
 
 SOURCES = 73
