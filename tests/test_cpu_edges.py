@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import fusionops as fo
-from fusionops.cpu import commuted, device, jit, stream, threads
+from fusionops.cpu import commuted, device, gemm, jit, stream, threads
 from fusionops.cpu.stream import STREAM_BYTES
 from fusionops.cpu.tiling import SCRATCH_LIMIT, plan
 from fusionops.problems import conv
@@ -77,6 +77,46 @@ def test_a_field_of_a_record_as_output():
     fo.add_dense([x[:, None]], np.ones((1, 1), np.float32), out=records["value"][:, None])
     np.testing.assert_array_equal(records["value"], x)
     assert (records["other"] == 7).all()
+
+
+@pytest.mark.parametrize("op", [fo.add_dense, fo.concat_dense])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("filters", [1, 10, 97, 1040])
+@pytest.mark.parametrize("kept", [False, True], ids=["raw", "packed"])
+def test_few_rows_have_the_bits_of_many(op, dtype, filters, kept):
+    """Sums of outer products, whichever rows the batch is split into; 611 and 1222 channels are several chunks."""
+    rng = np.random.default_rng(6)
+    rows = gemm.OUTER_PIXELS + 1
+    x, y = (rng.standard_normal((rows, 611)).astype(dtype) for _ in range(2))
+    residual = rng.standard_normal((rows, filters)).astype(dtype)
+    matrix = rng.standard_normal((611 * (1 if op is fo.add_dense else 2), filters)).astype(dtype)
+    if kept:
+        matrix = fo.prepack(matrix)
+    bias = rng.standard_normal(filters).astype(dtype)
+
+    def run(part):
+        return op([x[part], y[part]], matrix, bias, residual=residual[part], activation="silu")
+
+    together = run(slice(None))
+    for first in (0, 3):
+        for count in (1, 2, 3, 4, 7, gemm.OUTER_PIXELS - 3):
+            part = slice(first, first + count)
+            np.testing.assert_array_equal(run(part), together[part])
+
+
+@pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
+def test_few_pixels_of_a_map(layout):
+    """A 1×1 convolution of a 3×4 map with an upsampled source, to channels that lie side by side or apart."""
+    rng = np.random.default_rng(7)
+    coarse, fine = rng.integers(-4, 5, (1, 3, 2, 40)), rng.integers(-4, 5, (1, 3, 4, 40))
+    filters, bias = rng.integers(-4, 5, (1, 1, 40, 70)).astype(np.float32), np.ones(70, np.float32)
+    expected = (np.repeat(coarse, 2, axis=2) + fine) @ filters[0, 0] + bias
+    maps = [array.astype(np.float32) for array in (coarse, fine)]
+    if layout == "NCHW":
+        maps = [np.ascontiguousarray(array.transpose(0, 3, 1, 2)) for array in maps]
+        filters, expected = filters.transpose(3, 2, 0, 1), expected.transpose(0, 3, 1, 2)
+    result = fo.add_conv([fo.Source(maps[0], upsample=(1, 2)), maps[1]], filters, bias, layout=layout)
+    np.testing.assert_array_equal(result, expected)
 
 
 @pytest.mark.parametrize("reach", [7, 3000, 60_000])

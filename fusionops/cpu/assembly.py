@@ -59,7 +59,7 @@ class Segment:
             starts = [b.add(a, offset) for offset in offsets]
             fixed = [b_step, ahead_step]
         moving = [*starts, panel, depth, ahead, near]
-        temporaries = self._rows_of_b + self._elements
+        temporaries = self.vectors + self._elements
         vector, text = self.lanes.type, self._text(len(starts))
         outputs = [vector] * len(sums) + [I64] * len(moving) + [vector] * temporaries
         kind = "v" if self.lanes.count * self.lanes.item_bytes == 64 else "x"
@@ -75,25 +75,10 @@ class Segment:
         )
 
     @property
-    def _streams_b(self) -> bool:
-        """Whether a step holds its elements of A in registers and loads B vector by vector, or the other way round."""
-        return self.rows < self.vectors
-
-    @property
-    def _spare(self) -> int:
-        """Registers for what is loaded one by one: as many as are free, up to two."""
-        registers = 32 if self.lanes.count * self.lanes.item_bytes == 64 else 16
-        return min(2, registers - self.rows * self.vectors - min(self.rows, self.vectors))
-
-    @property
-    def _rows_of_b(self) -> int:
-        """Registers for vectors of B."""
-        return self._spare if self._streams_b else self.vectors
-
-    @property
     def _elements(self) -> int:
-        """Registers for elements of A."""
-        return self.rows if self._streams_b else self._spare
+        """Registers for elements of A: as many as sums and a row of B leave free, up to two."""
+        registers = 32 if self.lanes.count * self.lanes.item_bytes == 64 else 16
+        return min(2, registers - self.rows * self.vectors - self.vectors)
 
     def _text(self, starts: int) -> str:
         """Operands are numbered: sums, starts, panel, depth, ahead, near, temporaries, those again as inputs, fixed."""
@@ -101,9 +86,9 @@ class Segment:
         at_start, size = count, self.lanes.item_bytes
         panel, depth, ahead, near = (f"${at_start + starts + k}" for k in range(4))
         first = at_start + starts + 4
-        row = [f"${first + j}" for j in range(self._rows_of_b)]
-        elements = [f"${first + self._rows_of_b + k}" for k in range(self._elements)]
-        fixed = first + self._rows_of_b + self._elements + count + starts + 4
+        row = [f"${first + j}" for j in range(self.vectors)]
+        elements = [f"${first + self.vectors + k}" for k in range(self._elements)]
+        fixed = first + self.vectors + self._elements + count + starts + 4
         names = [f"${fixed + k}" for k in range(3 if self.even else 2)]
         *spacing, b_step, ahead_step = names
         suffix = "ps" if size == 4 else "pd"
@@ -114,7 +99,7 @@ class Segment:
             anchor, times = divmod(i, ANCHOR_ROWS) if self.even else (i, 0)
             return f"{u * size}(${at_start + anchor}" + (f",{spacing[0]},{times})" if times else ")")
 
-        def stream_a(u: int) -> list[str]:
+        def step(u: int) -> list[str]:
             lines = [f"vmovu{suffix} {j * bytes_of_vector}({panel}), {row[j]}" for j in range(self.vectors)]
             for i in range(self.rows):
                 targets = [f"{row[j]}, ${i * self.vectors + j}" for j in range(self.vectors)]
@@ -128,14 +113,6 @@ class Segment:
                 lines += [f"vfmadd231{suffix} {x}, {target}" for target in targets]
             return lines
 
-        def stream_b(u: int) -> list[str]:
-            lines = [f"vbroadcasts{suffix[1]} {element(i, u)}, {elements[i]}" for i in range(self.rows)]
-            for j in range(self.vectors):
-                lines.append(f"vmovu{suffix} {j * bytes_of_vector}({panel}), {row[j % len(row)]}")
-                lines += [f"vfmadd231{suffix} {row[j % len(row)]}, {elements[i]}, ${i * self.vectors + j}"
-                          for i in range(self.rows)]  # fmt: skip
-            return lines
-
         def steps(n: int) -> list[str]:
             lines = [f"prefetcht0 {line}({near})" for line in range(0, n * self.rows * size, VECTOR_BYTES)]
             lines.append(f"addq $${-(-n * self.rows * size // VECTOR_BYTES) * VECTOR_BYTES}, {near}")
@@ -144,7 +121,7 @@ class Segment:
                           for line in range(0, self.vectors * bytes_of_vector, VECTOR_BYTES)]  # fmt: skip
                 if u % 2:
                     lines += [f"prefetcht1 ({ahead})", f"addq {ahead_step}, {ahead}"]
-                lines += stream_b(u) if self._streams_b else stream_a(u)
+                lines += step(u)
                 lines.append(f"addq {b_step}, {panel}")
             return [*lines, *(f"addq $${n * size}, ${at_start + k}" for k in range(starts))]
 

@@ -7,7 +7,7 @@ from functools import partial
 
 import numpy as np
 
-from fusionops.cpu import conv, gemm_task, launch
+from fusionops.cpu import conv, gemm_task, launch, outer_task
 from fusionops.cpu import params as at
 from fusionops.cpu.block import Strides, Words, is_pointwise
 from fusionops.cpu.direct import common_reasons
@@ -23,9 +23,7 @@ from fusionops.cpu.tiling import (
     Tiling,
     balanced,
     choose_register_tile,
-    register_tiles,
     whole_lines,
-    wide_register_tiles,
 )
 from fusionops.device import CpuDevice
 from fusionops.kernel import Kernel
@@ -41,10 +39,13 @@ PANEL_BYTES = 64 * 1024
 COPY_TILES = 3
 # Rows of filters longer than this bring those of a block to a few sets of the L1 cache.
 LONG_ROW_BYTES = 512
-# Up to so many pixels the register tile is chosen for them too.
-FEW_PIXELS = 48
-# Reading a vector of filters takes as long as multiplying it with so many pixels.
-READING_PIXELS = 4
+# Up to so many pixels a product is a sum of outer products. Register tiles took 1.3 to 4 times as long for 20 pixels
+# and 512, 1300, 2048 channels with 1024, 2600, 4096 filters, and 0.86 to 1.02 of the time for 32.
+OUTER_PIXELS = 24
+# Filters of a block then: 2 KiB of a row, which memory delivers faster than 1 KiB (1.1 to 1.4 times), if there are so
+# many and their sums stay in L1.
+OUTER_VECTORS = 32
+OUTER_BYTES = 32 * 1024
 # Filters of a task that stay in L2 beside its pixels: then all of them are multiplied with one register tile of pixels
 # after the other, and outputs and residuals are whole rows. Took 0.86 of the time for 256 filters of 64 channels with a
 # residual, 0.92 and 0.96 in two small problems, no less in three others; with 1 MiB 1.05 in one of 768 channels.
@@ -57,13 +58,19 @@ class GemmTiling(Tiling):
 
     tile_p, tile_q   output rows and columns of a task: its pixels are the rows of a matrix
     sources          how many there are at most to list
+    is_outer         whether the task is that for few pixels
     """
 
     tile_p: int
     tile_q: int
     sources: int
+    is_outer: bool = False
 
     __hash__ = Tiling.__hash__
+
+    def registers(self, per_vector: int) -> int:
+        """Outer products take rows of filters as they have registers for."""
+        return 0 if self.is_outer else super().registers(per_vector)
 
     @property
     def areas(self) -> tuple[int, ...]:
@@ -72,13 +79,15 @@ class GemmTiling(Tiling):
         Tile and filters come first: what is asked for ahead of them is not the memory that another thread writes.
         """
         pixels = -(-self.tile_p * self.tile_q // self.mr) * self.mr
+        sums = pixels * self.width * self.item_bytes
+        kept = self.task_blocks * (2 if self.is_outer else 1) if self.chunks > 1 else 1
         return whole_lines((
             pixels * self.depth * self.item_bytes,
-            self.depth * self.width * self.task_blocks * self.item_bytes,
-            pixels * self.width * (self.task_blocks if self.chunks > 1 else 1) * self.item_bytes,
+            0 if self.is_outer else self.depth * self.width * self.task_blocks * self.item_bytes,
+            sums * kept,
             pixels * WORD_BYTES,
             pixels * WORD_BYTES,
-            self.mr * self.width * self.item_bytes,
+            sums if self.is_outer else self.mr * self.width * self.item_bytes,
             self.sources * SEGMENT_WORDS * WORD_BYTES,
         ))  # fmt: skip
 
@@ -89,12 +98,15 @@ def plan(spec: FusionSpec, device: CpuDevice) -> GemmTiling:
     filters, channels = conv2d.K // conv2d.groups, spec.C // conv2d.groups
     pixels = spec.N * spec.P * spec.Q
     mr, nv = choose_register_tile(filters, item, device)
-    depth = balanced(channels, max(16, PANEL_BYTES // (nv * VECTOR_BYTES)))  # whatever the tile for few pixels is
-    if pixels <= FEW_PIXELS:
-        mr, nv = _tile_for(pixels, filters, item, device)
+    depth = balanced(channels, max(16, PANEL_BYTES // (nv * VECTOR_BYTES)))  # the same for few pixels as for many
+    is_outer = pixels <= OUTER_PIXELS
+    if is_outer:
+        vectors = -(-filters * item // VECTOR_BYTES)
+        most = min(OUTER_VECTORS, OUTER_BYTES // (pixels * VECTOR_BYTES), -(-vectors // 2))
+        mr, nv = 1, balanced(vectors, max(1, most))
     width = nv * VECTOR_BYTES // item
     blocks = -(-filters // width)
-    task_blocks = balanced(blocks, max(1, TASK_FILTERS // width))
+    task_blocks = 1 if is_outer else balanced(blocks, max(1, TASK_FILTERS // width))
 
     is_flat = not any(source.upsample != (1, 1) for source in (*spec.sources, *filter(None, [spec.residual])))
     P, Q = (1, spec.N * spec.P * spec.Q) if is_flat else (spec.P, spec.Q)
@@ -106,21 +118,11 @@ def plan(spec: FusionSpec, device: CpuDevice) -> GemmTiling:
         tiling = GemmTiling(
             bits=8 * item, mr=mr, nv=nv, depth=depth, chunks=-(-channels // depth), blocks=blocks,
             task_blocks=task_blocks, packed_elements=conv2d.groups * blocks * width * channels,
-            tile_p=tile_p, tile_q=tile_q, sources=len(spec.sources),
+            tile_p=tile_p, tile_q=tile_q, sources=len(spec.sources), is_outer=is_outer,
         )  # fmt: skip
         if tiling.scratch_bytes <= SCRATCH_LIMIT:
             return tiling
         tile_p, tile_q = (-(-tile_p // 2), tile_q) if tile_p > 1 else (tile_p, -(-tile_q // 2))
-
-
-def _tile_for(pixels: int, filters: int, item: int, device: CpuDevice) -> tuple[int, int]:
-    """The register tile that takes so few pixels least time, those that only fill it up included."""
-
-    def cost(tile: tuple[int, int]) -> float:
-        width = tile[1] * VECTOR_BYTES // item
-        return -(-pixels // tile[0]) * (tile[0] + READING_PIXELS) * -(-filters // width) * width
-
-    return min([*register_tiles(device), *wide_register_tiles(device)], key=cost)
 
 
 def cut(spec: FusionSpec, tiling: GemmTiling, words: Words, filters: Strides | None) -> tuple[int, bool]:
@@ -135,7 +137,7 @@ def cut(spec: FusionSpec, tiling: GemmTiling, words: Words, filters: Strides | N
     rows = None if filters is None else _channel_step(spec, filters, tiling.item_bytes)
     if rows is not None:
         is_long = abs(rows) * tiling.item_bytes > LONG_ROW_BYTES and tile_p * tile_q > COPY_TILES * tiling.mr
-        words[at.COPIES_FILTERS] = is_long or group_filters % width != 0
+        words[at.COPIES_FILTERS] = not tiling.is_outer and (is_long or group_filters % width != 0)
         steps = rows, width, group_filters
     else:
         steps = width, width * channels, width * channels * tiling.blocks
@@ -176,7 +178,11 @@ def _channel_step(spec: FusionSpec, strides: Strides, item: int) -> int | None:
 ROWS = launch.Algorithm(
     "rows",
     cut,
-    lambda tiling: gemm_task.gemm_task(tiling.bits, tiling.mr, tiling.nv),
+    lambda tiling: (
+        outer_task.outer_task(tiling.bits)
+        if tiling.is_outer
+        else gemm_task.gemm_task(tiling.bits, tiling.mr, tiling.nv)
+    ),
     lambda tiling: conv.pack_task(tiling.bits),
 )
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numba
 
-from fusionops.cpu import conv, depthwise, gemm_task, jit, streaming, threads, winograd_task
+from fusionops.cpu import conv, depthwise, gemm_task, jit, outer_task, streaming, threads, winograd_task
 from fusionops.cpu.target import target
-from fusionops.cpu.tiling import register_tiles, wide_register_tiles
+from fusionops.cpu.tiling import register_tiles
 from fusionops.device import KIB, MIB, CpuDevice
 
 # Where the operating system does not tell: what every server core of the last ten years has at least.
@@ -84,8 +84,8 @@ def warmup(progress: Callable[[int, int, str], None] | None = None) -> None:
             steps.append((f"convolution {name} {mr}x{nv}", functools.partial(conv.conv_task, bits, mr, nv)))
             if bits == winograd_task.BITS:
                 steps.append((f"winograd {name} {mr}x{nv}", functools.partial(winograd_task.winograd_task, mr, nv)))
-        for mr, nv in (*register_tiles(device()), *wide_register_tiles(device())):
             steps.append((f"product {name} {mr}x{nv}", functools.partial(gemm_task.gemm_task, bits, mr, nv)))
+        steps.append((f"product {name} few pixels", functools.partial(outer_task.outer_task, bits)))
         tiles = {depthwise.register_tile(size, device()) for size in (1, 1 << 20)}
         steps += [
             (f"depthwise {name} {mr}x{nv}", functools.partial(depthwise.depthwise_task, bits, mr, nv))

@@ -39,7 +39,6 @@ NARROW_VECTORS = 2
 # A tile of fewer pixels reads its filters too often. On 16 registers of 32 bytes (AVX2 on the same machine) 2×2 vectors
 # reach 0.87 of the FMA peak alone and 0.60 to 0.66 in three convolutions, 6×1 all of it and 0.70 to 0.87.
 FEWEST_PIXELS = 4
-WIDEST_ROW = 16  # vectors: 1 KiB of filters at a time, which memory delivers as fast as longer rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,11 +89,14 @@ class Tiling:
     def shared_bytes(self) -> int:
         return self.packed_elements * self.item_bytes
 
+    def registers(self, per_vector: int) -> int:
+        """Of a processor that needs `per_vector` of them for VECTOR_BYTES."""
+        vectors = self.nv * per_vector
+        return self.mr * vectors + vectors + 1
+
     def illegal_on(self, device: CpuDevice) -> tuple[str, ...]:
         reasons = []
-        per_vector = VECTOR_BYTES // device.vector_bytes
-        vectors = self.nv * per_vector
-        registers = self.mr * vectors + min(self.mr, vectors) + 1
+        registers = self.registers(VECTOR_BYTES // device.vector_bytes)
         if registers > device.vector_registers:
             reasons.append(
                 f"the register tile needs {registers} vector registers, {device.name} has {device.vector_registers}"
@@ -150,13 +152,6 @@ def register_tiles(device: CpuDevice) -> tuple[tuple[int, int], ...]:
         if mr >= FEWEST_PIXELS or nv == 1:
             tiles.append((max(1, min(mr, 24)), nv))
     return tuple(tiles)
-
-
-def wide_register_tiles(device: CpuDevice) -> tuple[tuple[int, int], ...]:
-    """(mr, nv) for few pixels: mr broadcast pixels, and filters vector by vector."""
-    per_vector = VECTOR_BYTES // device.vector_bytes
-    tiles = ((mr, (device.vector_registers - mr - 1) // (mr * per_vector)) for mr in (1, 2, 4))
-    return tuple((mr, min(nv, WIDEST_ROW)) for mr, nv in tiles if nv)
 
 
 def choose_register_tile(filters: int, item_bytes: int, device: CpuDevice, *, narrow: bool = False) -> tuple[int, int]:
