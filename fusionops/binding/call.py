@@ -16,7 +16,7 @@ import numpy as np
 from fusionops.binding.arrays import Array, DType, Shape, is_settled
 from fusionops.binding.messages import Labelled, complaint, spelled
 from fusionops.errors import SpecError, SpecTypeError
-from fusionops.kernel import Filters, Operands
+from fusionops.kernel import Operands
 from fusionops.spec import ITEM_BYTES, FusionSpec
 
 # Judgements that each op keeps. One is a few kilobytes; a network has at most some hundred different ones.
@@ -118,10 +118,8 @@ def _overlaps_input(out: Array, operands: Operands, elementwise: bool) -> bool:
         arrays += (operands.residual_weight, *operands.weights, *operands.scales, *operands.shifts)
     owns = out.flags.owndata
     for array in arrays:
-        if array is None or type(array) is Filters:  # which hold a copy
-            continue
         # Two arrays that are no views share nothing, which is cheaper to see than bounds are to compare.
-        if owns and array.base is None and array is not out:
+        if not isinstance(array, np.ndarray) or (owns and array.base is None and array is not out):
             continue
         if np.may_share_memory(out, array) and not (elementwise and _is_same_place(out, array)):
             return True
