@@ -106,7 +106,7 @@ def add_conv(
         y[n,p,q,k] = act( Σ_{r,s,c} m[n, h, w, c] · f[r,s,c,k] + b[k] + z[n,p,q,k] )        m = w_0·x_0 + w_1·x_1 + …
         h = p·stride_h + r·dilation_h − pad_top        w likewise
 
-    sources    maps (N, H, W, C), after upsampling all of one shape: nothing is broadcast; one dtype, float32 or float64
+    sources    maps (N, H, W, C), after upsampling all of one shape: nothing is broadcast; one floating dtype
     filters    (R, S, C/groups, K), or what `prepack` made of them; of the sources' dtype, as is every array below
     bias       (K,)
     stride, dilation   an int, or (rows, columns)
@@ -122,7 +122,7 @@ def add_conv(
     returns    y (N, P, Q, K); P = (H + pad_top + pad_bottom − (R − 1)·dilation_h − 1) // stride_h + 1
 
     Numerics: each product and sum of the merge is rounded by itself; the contraction accumulates in the dtype of the
-    sources. strict: |error| ≤ (8 + 2√(R·S·C/groups))·u·(|m| ⋆ |f| + |b|), u half a unit in the last place of 1. Padding
+    sources, or in float32 if that is narrower, and is then rounded once more. strict: |error| ≤ (8 + 2√(R·S·C/groups))·u·(|m| ⋆ |f| + |b|), u half a unit in the last place of 1. Padding
     is skipped, not multiplied: an Inf at a border makes no NaN. The bits do not depend on the number of threads.
     Raises SpecError for shapes and options, SpecTypeError for dtypes; UnsupportedError for what no kernel runs.
     Sums that enter a convolution: Lin et al., "Feature Pyramid Networks for Object Detection", 2017, section 3.
@@ -180,7 +180,7 @@ def concat_conv(
         y[n,p,q,k] = act( Σ_{r,s,c} (x_0 | x_1 | …)[n, h, w, c] · f[r,s,c,k] + b[k] + z[n,p,q,k] )
         h = p·stride_h + r·dilation_h − pad_top        w likewise
 
-    sources    maps (N, H, W, C_i), after upsampling of equal N, H and W; one dtype, float32 or float64
+    sources    maps (N, H, W, C_i), after upsampling of equal N, H and W; one floating dtype
     filters    (R, S, (C_0 + C_1 + …)/groups, K), channels ordered like the sources; or what `prepack` made of them
     returns    (N, P, Q, K)
 
@@ -232,7 +232,7 @@ def add_dense(
 
         y[…,k] = act( Σ_c (w_0·x_0 + w_1·x_1 + …)[…,c] · f[c,k] + b[k] + z[…,k] )
 
-    sources    arrays (…, C) of one shape: nothing is broadcast; one dtype, float32 or float64
+    sources    arrays (…, C) of one shape: nothing is broadcast; one floating dtype
     matrix     (C, K), or what `prepack` made of it; of the sources' dtype, as is every array below
     bias       (K,)
     residual   an array or Source (…, K), added before the activation
@@ -278,7 +278,7 @@ def concat_dense(
 
         y[…,k] = act( Σ_c (x_0 | x_1 | …)[…,c] · f[c,k] + b[k] + z[…,k] )
 
-    sources    arrays (…, C_i) with the same leading axes; one dtype, float32 or float64
+    sources    arrays (…, C_i) with the same leading axes; one floating dtype
     matrix     (C_0 + C_1 + …, K): its rows are ordered like the sources; or what `prepack` made of it
     returns    (…, K)
 

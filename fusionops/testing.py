@@ -19,6 +19,7 @@ from fusionops.spec import FusionSpec, Layout, Merge, SourceSpec
 
 __all__ = [
     "PROBLEMS",
+    "UNIT_ROUNDOFF",
     "Guarded",
     "Problem",
     "activation_bound",
@@ -26,6 +27,8 @@ __all__ = [
     "exact_operands",
     "guarded_copy",
     "guarded_empty",
+    "is_narrow",
+    "last_places",
     "magnitude",
     "map_operands",
     "random_operands",
@@ -34,7 +37,8 @@ __all__ = [
 
 Array = np.ndarray[Any, Any]
 
-UNIT_ROUNDOFF = {"float32": 2.0**-24, "float64": 2.0**-53}
+UNIT_ROUNDOFF = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24, "float64": 2.0**-53}
+SMALLEST_NORMAL = {"float16": 2.0**-14, "bfloat16": 2.0**-126, "float32": 2.0**-126, "float64": 2.0**-1022}
 
 # Largest slope of each activation: sigmoid and tanh at 0; silu, hardswish and gelu beyond 0, where they overshoot.
 LIPSCHITZ = {
@@ -65,12 +69,15 @@ def exact_operands(spec: FusionSpec, rng: np.random.Generator) -> Operands:
 
     operands = _operands(spec, integers)
     if spec.contraction is not None:
-        assert magnitude(spec, operands).max() < 1 / UNIT_ROUNDOFF[spec.dtype], f"{spec} can round even integers"
+        assert magnitude(spec, operands).max() < 1 / _accumulated_roundoff(spec), f"{spec} can round even integers"
     return operands
 
 
 def random_operands(spec: FusionSpec, rng: np.random.Generator, kind: str = "normal") -> Operands:
-    """Reals: "normal"; "positive", as after a ReLU, where errors do not cancel; "badly_scaled", over 12 decades."""
+    """Reals: "normal"; "positive", as after a ReLU, where errors do not cancel; "badly_scaled", over 12 decades.
+
+    Over 2 decades in float16, whose products of two such and their sums have to stay below 65504.
+    """
 
     def reals(shape: tuple[int, ...], dtype: str) -> Array:
         if np.dtype(dtype).kind in "iub":
@@ -80,9 +87,9 @@ def random_operands(spec: FusionSpec, rng: np.random.Generator, kind: str = "nor
         if kind == "positive":
             values = np.abs(values)
         elif kind == "badly_scaled":
-            values = values * 10.0 ** rng.uniform(-6, 6, shape)
-        with np.errstate(over="ignore"):  # float16 ends at 65504
-            return np.asarray(values).astype(dtype)  # 0-d arithmetic returns scalars
+            most = 1 if dtype == "float16" else 6
+            values = values * 10.0 ** rng.uniform(-most, most, shape)
+        return np.asarray(values).astype(dtype)  # 0-d arithmetic returns scalars
 
     return _operands(spec, reals)
 
@@ -155,11 +162,13 @@ def magnitude(spec: FusionSpec, operands: Operands) -> Array:
 def error_bound(spec: FusionSpec, operands: Operands) -> Array:
     """The admissible error of a strict kernel, elementwise, against the reference.
 
-        |error| ≤ L · (8 + 2·√gemm_k + sums) · u · (|x| ⋆ |w| + |b| + |residual|)  +  activation_bound
+        |error| ≤ L · ((8 + 2·√gemm_k) · u + merges · v) · (|x| ⋆ |w| + |b| + |residual|) + activation_bound + stores
 
-    L      largest slope of the activation
-    sums   roundings of the merge: one for each source added
-    u      2⁻²⁴ for float32, 2⁻⁵³ for float64
+    L        largest slope of the activation
+    merges   roundings of the merge: one for each source added, in a narrow dtype one more for a product with a weight
+    u        2⁻²⁴ for float32 and the narrow dtypes, which are summed in it; 2⁻⁵³ for float64
+    v        of the dtype itself: 2⁻¹¹ for float16, 2⁻⁸ for bfloat16, u for the others
+    stores   in a narrow dtype, whose results round once more, one unit in the last place of the result
 
     Without a contraction the first term is 0: the result is NumPy's. In float64 the bound doubles, since the reference
     rounds as well. √K instead of the worst-case K: rounding errors of a sum behave like a random walk
@@ -168,15 +177,38 @@ def error_bound(spec: FusionSpec, operands: Operands) -> Array:
     bound = np.zeros(spec.out_shape)
     if spec.contraction is not None:
         sums = len(spec.sources) - 1 if spec.merge is Merge.ADD else 0
-        roundings = 8 + 2 * math.sqrt(spec.gemm[2]) + sums
-        bound = roundings * UNIT_ROUNDOFF[spec.dtype] * magnitude(spec, operands)
+        products = is_narrow(spec) and any(source.weight for source in spec.sources)
+        relative = (8 + 2 * math.sqrt(spec.gemm[2])) * _accumulated_roundoff(spec)
+        relative += (sums + products) * UNIT_ROUNDOFF[spec.dtype]
+        bound = relative * magnitude(spec, operands)
         if spec.dtype == "float64":
             bound = 2 * bound
     if spec.activation is not None:
         slopes = spec.activation.parameters
         bound = bound * (max(1.0, abs(slopes[0])) if slopes else LIPSCHITZ[spec.activation.name])
         bound = bound + activation_bound(spec, operands)
+    if spec.contraction is not None and is_narrow(spec):
+        result = np.empty(spec.out_shape, spec.dtype)
+        reference.run(replace(spec, return_sum=False), operands, result)
+        bound = bound + last_places(result, SMALLEST_NORMAL[spec.dtype])
     return bound
+
+
+def is_narrow(spec: FusionSpec) -> bool:
+    """Whether elements are stored with fewer bits than they are computed with."""
+    return UNIT_ROUNDOFF[spec.dtype] > UNIT_ROUNDOFF["float32"]
+
+
+def _accumulated_roundoff(spec: FusionSpec) -> float:
+    """Of what a contraction is computed in."""
+    return min(UNIT_ROUNDOFF[spec.dtype], UNIT_ROUNDOFF["float32"])
+
+
+def last_places(result: Array, floor: float) -> Array:
+    """Units in the last place of a result, or of `floor` where it is smaller."""
+    with np.errstate(over="ignore", invalid="ignore"):  # the largest number has no successor, and infinity no ulp
+        size = np.maximum(np.abs(result.astype(np.float64)), floor)
+        return np.asarray(2.0 * UNIT_ROUNDOFF[result.dtype.name] * 2.0 ** np.floor(np.log2(size)))
 
 
 def activation_bound(spec: FusionSpec, operands: Operands) -> Array:
@@ -191,14 +223,12 @@ def activation_bound(spec: FusionSpec, operands: Operands) -> Array:
     result, x = np.empty(spec.out_shape, spec.dtype), np.empty(spec.out_shape, spec.dtype)
     reference.run(replace(spec, return_sum=False), operands, result)
     reference.run(replace(spec, return_sum=False, activation=None), operands, x)
-    floor = 1024 * np.finfo(result.dtype).tiny
-    with np.errstate(over="ignore", invalid="ignore"):  # the largest number has no successor, and infinity no ulp
-        ulps = GELU_ULPS if spec.activation.name == "gelu" else TRANSCENDENTAL_ULPS
-        bound: Array = ulps * np.spacing(np.maximum(np.abs(result), floor)).astype(np.float64)
-        if spec.dtype == "float64":
-            bound *= 2
-            if spec.activation.name == "gelu":
-                bound *= 1 + np.square(np.clip(x, -GELU_UNDERFLOWS, GELU_UNDERFLOWS)) / 2
+    ulps = GELU_ULPS if spec.activation.name == "gelu" else TRANSCENDENTAL_ULPS
+    bound = ulps * last_places(result, 1024 * SMALLEST_NORMAL[spec.dtype])
+    if spec.dtype == "float64":
+        bound *= 2
+        if spec.activation.name == "gelu":
+            bound *= 1 + np.square(np.clip(x, -GELU_UNDERFLOWS, GELU_UNDERFLOWS)) / 2
     return bound
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import cache
 
 import hypothesis
+import ml_dtypes  # noqa: F401  NumPy knows bfloat16 by its name from here on
 import pytest
 
 pytest_plugins = ["pytester"]

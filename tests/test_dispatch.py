@@ -203,16 +203,15 @@ def test_what_the_reference_alone_can_do():
     assert (fo.add_conv([x], F, backend="reference") == 2 * 3 * 3 * 4).all()
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_narrow_dtypes_are_refused_in_words(dtype):
-    import ml_dtypes
-
-    dtype = np.dtype(getattr(ml_dtypes, dtype, dtype))
-    with pytest.raises(fo.UnsupportedError, match=f"dtype is {dtype.name}, needs float32"):
-        fo.add_conv([X.astype(dtype)], F.astype(dtype))
-    result = fo.add_conv([X.astype(dtype)], F.astype(dtype), backend="reference")
+def test_narrow_dtypes_stay_narrow_and_sum_wide(dtype, backend):
+    x, f, bias = X.astype(dtype), F.astype(dtype), np.full(F.shape[-1], 2.0**-6, dtype)
+    result = fo.add_conv([x], f, bias, backend=backend)
     assert result.dtype == dtype
-    assert (result.astype(np.float32) == 36).all()
+    assert (result == np.asarray(36 + 2.0**-6).astype(dtype)).all()
+    many = np.full((1, 5000), 1, dtype)  # a sum in the dtype itself would end at 256 or 2048
+    assert fo.concat_dense([many], np.full((5000, 3), 1, dtype), backend=backend)[0, 0] == np.asarray(5e3).astype(dtype)
 
 
 def test_precision_is_refused_where_it_does_not_exist():
@@ -297,7 +296,7 @@ def test_cost_and_explain_raise_what_the_op_raises():
         with pytest.raises(fo.SpecTypeError, match="op is a function"):
             ask(lambda: 0, [X])
         with pytest.raises(fo.UnsupportedError):
-            ask("add_conv", [X.astype(np.float16)], F.astype(np.float16))
+            ask("add_conv", [fo.Source(X, scale=full(4))], F)
 
 
 def test_explain_writes_nothing():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import struct
 import sys
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,8 @@ from fusionops.cpu import activation
 from fusionops.cpu import params as at
 from fusionops.cpu.memory import ALIGNMENT, address
 from fusionops.cpu.tiling import Tiling
-from fusionops.spec import Conv2d, Dense, FusionSpec, Layout, Merge, SourceSpec
+from fusionops.kernel import Operands
+from fusionops.spec import ITEM_BYTES, Conv2d, Dense, FusionSpec, Layout, Merge, SourceSpec
 
 WEIGHT_KINDS = {None: at.WEIGHT_NONE, "scalar": at.WEIGHT_SCALAR, "vector": at.WEIGHT_VECTOR}
 
@@ -43,7 +45,7 @@ def block(
     spec: FusionSpec, tiling: Tiling, strides: tuple[Strides, ...], out: Strides, residual: Strides | None
 ) -> Words:
     """The words that say what is computed and where the operands' elements lie."""
-    conv2d, item = spec.conv, tiling.item_bytes
+    conv2d, item = spec.conv, ITEM_BYTES[spec.dtype]
     N, H, W, P, Q = spec.N, spec.H, spec.W, spec.P, spec.Q
     sources = [map_strides(steps, item, spec) for steps in strides]
     to = map_strides(out, item, spec)
@@ -60,7 +62,7 @@ def block(
         N, H, W, spec.C, conv2d.K, conv2d.R, conv2d.S, P, Q, *stride, padding[0][0], padding[1][0], *conv2d.dilation,
         conv2d.groups, spec.merge is Merge.ADD, len(sources),
     ]  # fmt: skip
-    words[at.DEPTH], words[at.WIDTH] = tiling.depth, tiling.width
+    words[at.DEPTH], words[at.WIDTH], words[at.STORED_BYTES] = tiling.depth, tiling.width, item
     words[at.BLOCKS], words[at.TASK_BLOCKS] = tiling.blocks, tiling.task_blocks
     words[at.SCRATCH_BYTES] = -(-tiling.scratch_bytes // ALIGNMENT) * ALIGNMENT
     words[at.OUT_N : at.OUT_K + 1] = to
@@ -107,7 +109,7 @@ def _flattened(
 
 def filter_words(spec: FusionSpec, tiling: Tiling, strides: Strides, groups: int) -> list[int]:
     """The words of the packing task but for its two addresses; filters of so many groups are packed apart."""
-    conv2d, item = spec.conv, tiling.item_bytes
+    conv2d, item = spec.conv, ITEM_BYTES[spec.dtype]
     steps = [step // item for step in strides]
     if isinstance(spec.contraction, Dense):
         steps = [0, 0, *steps]
@@ -124,3 +126,13 @@ def weight_word(weight: Any) -> int:
     if isinstance(weight, np.ndarray):
         return address(weight)
     return int.from_bytes(struct.pack("=d", weight), sys.byteorder, signed=True)
+
+
+def widened(operands: Operands) -> Operands:
+    """Operands of a narrow dtype whose parameters, bias and weights, are vectors of what is computed with."""
+
+    def wide(value: Any) -> Any:
+        return value.astype(np.float32) if isinstance(value, np.ndarray) else value
+
+    return replace(operands, bias=wide(operands.bias), weights=tuple(map(wide, operands.weights)),
+                   residual_weight=wide(operands.residual_weight))  # fmt: skip

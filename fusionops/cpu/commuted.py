@@ -19,8 +19,8 @@ import numpy as np
 from fusionops.cpu import gemm, launch
 from fusionops.cpu.block import is_pointwise
 from fusionops.cpu.direct import common_reasons
+from fusionops.cpu.formats import FORMATS
 from fusionops.cpu.memory import WORKSPACE
-from fusionops.cpu.simd import COMPUTED
 from fusionops.device import CpuDevice
 from fusionops.kernel import Filters, Kernel, Operands
 from fusionops.spec import ITEM_BYTES, Conv2d, FusionSpec, Layout, Merge, SourceSpec
@@ -178,8 +178,8 @@ def _kernel(dtype: str) -> Kernel:
             reasons.append("strict=True forbids a sum that forms other products")
         return tuple(reasons)
 
-    return Kernel(f"cpu.concat_conv_fprop_commuted_{COMPUTED[dtype]}", unsupported, plan, run)
+    return Kernel(f"cpu.concat_conv_fprop_commuted_{FORMATS[dtype].suffix}", unsupported, plan, run)
 
 
-KERNELS = tuple(_kernel(dtype) for dtype in COMPUTED)
+KERNELS = tuple(_kernel(dtype) for dtype, form in FORMATS.items() if not form.is_narrow)
 """Before those of `gemm` in the table: fewer products, at no more memory than a band."""

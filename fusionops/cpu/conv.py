@@ -14,10 +14,11 @@ from __future__ import annotations
 import functools
 
 from fusionops.cpu import params as at
-from fusionops.cpu.epilogue import NOWHERE, ask_for_output, tile_finisher, tile_scatterer
+from fusionops.cpu.epilogue import NOWHERE, ask_for_output, finish_tile, scatter_tile
+from fusionops.cpu.formats import load_element
 from fusionops.cpu.jit import inline, task
 from fusionops.cpu.microkernel import gemm_tile
-from fusionops.cpu.prologue import tile_loader
+from fusionops.cpu.prologue import load_tile
 from fusionops.cpu.simd import elements, words
 from fusionops.cpu.tiling import GROUP_WORDS
 
@@ -119,7 +120,6 @@ def locate_task(params, index):
 @functools.cache
 def conv_task(bits: int, mr: int, nv: int) -> int:
     """Address of the task compiled for one register tile."""
-    load_tile, finish_tile, scatter_tile = tile_loader(bits), tile_finisher(bits), tile_scatterer(bits)
     width = nv * (512 // bits)
     item = bits // 8
 
@@ -168,7 +168,7 @@ def conv_task(bits: int, mr: int, nv: int) -> int:
                 if dense_rows:  # neighbouring taps are neighbours in the tile and in the panel: one longer run
                     inner, run = 1, (s1 - s0) * depth
                 if is_last:
-                    ask_for_output(bits, params, outs + g * mr * 8, residuals + g * mr * 8,
+                    ask_for_output(params, outs + g * mr * 8, residuals + g * mr * 8,
                                    groups[head + 4], k0, used)  # fmt: skip
                 near = a + pixel[(g + 1) % count * mr] * depth * item
                 gemm_tile(bits, mr, nv, a, pixels + g * mr * 8, depth, r1 - r0, a_row, b_row,
@@ -185,7 +185,7 @@ def conv_task(bits: int, mr: int, nv: int) -> int:
 
 
 @functools.cache
-def pack_task(bits: int) -> int:
+def pack_task(bits: int, stored: int) -> int:
     """Address of the task that packs one filter block: [chunk][r][s][channel][width], zero beyond the last filter.
 
     Words: packed, filters, steps r s c k (elements), R, S, channels and filters of a group, depth, width, blocks.
@@ -199,7 +199,7 @@ def pack_task(bits: int) -> int:
         group, block = index // blocks, index % blocks
         k0 = block * width
         used = min(width, filters - k0)
-        source = elements(bits, p[1] + (group * filters + k0) * step_k * item)
+        source = p[1] + (group * filters + k0) * step_k * (stored // 8)
         to = elements(bits, p[0] + index * R * S * channels * width * item)
         at_row = 0
         for c0 in range(0, channels, depth):
@@ -208,7 +208,7 @@ def pack_task(bits: int) -> int:
                     for c in range(c0, min(channels, c0 + depth)):
                         here = r * step_r + s * step_s + c * step_c
                         for k in range(used):
-                            to[at_row + k] = source[here + k * step_k]
+                            to[at_row + k] = load_element(stored, source, here + k * step_k)
                         for k in range(used, width):
                             to[at_row + k] = 0
                         at_row += width

@@ -21,10 +21,11 @@ from numba.extending import intrinsic
 from fusionops.cpu import conv, direct, launch
 from fusionops.cpu import params as at
 from fusionops.cpu.block import Strides, Words
-from fusionops.cpu.epilogue import tile_finisher, tile_scatterer
+from fusionops.cpu.epilogue import finish_tile, scatter_tile
+from fusionops.cpu.formats import FORMATS
 from fusionops.cpu.jit import task
-from fusionops.cpu.prologue import tile_loader
-from fusionops.cpu.simd import COMPUTED, I64, VECTOR_BYTES, Lanes, word, words
+from fusionops.cpu.prologue import load_tile
+from fusionops.cpu.simd import I64, VECTOR_BYTES, Lanes, word, words
 from fusionops.cpu.tiling import (
     GROUP_WORDS,
     SCRATCH_LIMIT,
@@ -36,7 +37,7 @@ from fusionops.cpu.tiling import (
 )
 from fusionops.device import CpuDevice
 from fusionops.kernel import Kernel
-from fusionops.spec import ITEM_BYTES, Conv2d, FusionSpec, Merge
+from fusionops.spec import Conv2d, FusionSpec, Merge
 
 MOST_PIXELS = 12  # of a register tile
 # Channels of a task: a tile of them stays in L2, and what is read of each pixel is whole cache lines.
@@ -88,7 +89,7 @@ def register_tile(channel_bytes: int, device: CpuDevice) -> tuple[int, int]:
 
 def plan(spec: FusionSpec, device: CpuDevice) -> ConvTiling:
     """The tiling of a depthwise convolution: blocks are of channels, `depth` of them belong to a task."""
-    conv2d, item = spec.conv, ITEM_BYTES[spec.dtype]
+    conv2d, item = spec.conv, FORMATS[spec.dtype].computed_bytes
     mr, nv = register_tile(conv2d.K * item, device)
     width = nv * VECTOR_BYTES // item
     blocks = -(-conv2d.K // width)
@@ -119,7 +120,6 @@ def cut(spec: FusionSpec, tiling: ConvTiling, words: Words, filters: Strides | N
 @functools.cache
 def depthwise_task(bits: int, mr: int, nv: int) -> int:
     """Address of the task compiled for one register tile."""
-    load_tile, finish_tile, scatter_tile = tile_loader(bits), tile_finisher(bits), tile_scatterer(bits)
     item = bits // 8
     width = nv * VECTOR_BYTES // item
 
@@ -164,7 +164,7 @@ DEPTHWISE = launch.Algorithm(
     "depthwise",
     cut,
     lambda tiling: depthwise_task(tiling.bits, tiling.mr, tiling.nv),
-    lambda tiling: conv.pack_task(tiling.bits),
+    conv.pack_task,
     joins_groups=True,
 )
 
@@ -189,8 +189,8 @@ def _kernel(merge: Merge, dtype: str) -> Kernel:
         return tuple(reasons)
 
     return Kernel(
-        f"cpu.{merge}_conv_fprop_depthwise_{COMPUTED[dtype]}", unsupported, plan, partial(launch.run, DEPTHWISE)
+        f"cpu.{merge}_conv_fprop_depthwise_{FORMATS[dtype].suffix}", unsupported, plan, partial(launch.run, DEPTHWISE)
     )
 
 
-KERNELS = tuple(_kernel(merge, dtype) for merge in Merge for dtype in COMPUTED)
+KERNELS = tuple(_kernel(merge, dtype) for merge in Merge for dtype in FORMATS)

@@ -12,7 +12,7 @@ import numpy as np
 from fusionops.cpu import conv, launch
 from fusionops.cpu import params as at
 from fusionops.cpu.block import Strides, Words
-from fusionops.cpu.simd import COMPUTED
+from fusionops.cpu.formats import FORMATS
 from fusionops.cpu.tiling import ConvTiling, plan
 from fusionops.kernel import Kernel
 from fusionops.spec import Conv2d, Direction, FusionSpec, Merge, filter_reach
@@ -54,7 +54,7 @@ TAP_BY_TAP = launch.Algorithm(
     "tap by tap",
     cut,
     lambda tiling: conv.conv_task(tiling.bits, tiling.mr, tiling.nv),
-    lambda tiling: conv.pack_task(tiling.bits),
+    conv.pack_task,
 )
 
 
@@ -66,8 +66,8 @@ def _kernel(merge: Merge, dtype: str) -> Kernel:
         return tuple(reasons)
 
     return Kernel(
-        f"cpu.{merge}_conv_fprop_direct_{COMPUTED[dtype]}", unsupported, plan, partial(launch.run, TAP_BY_TAP)
+        f"cpu.{merge}_conv_fprop_direct_{FORMATS[dtype].suffix}", unsupported, plan, partial(launch.run, TAP_BY_TAP)
     )
 
 
-KERNELS = tuple(_kernel(merge, dtype) for merge in Merge for dtype in COMPUTED)
+KERNELS = tuple(_kernel(merge, dtype) for merge in Merge for dtype in FORMATS)

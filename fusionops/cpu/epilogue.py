@@ -6,7 +6,6 @@ Reads sums from scratch and never reads the output.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
@@ -16,9 +15,21 @@ from numba.extending import intrinsic
 
 from fusionops.cpu import activation as activations
 from fusionops.cpu import params as at
-from fusionops.cpu.jit import inline, procedure
-from fusionops.cpu.prologue import merge_rows, rounded, vector_loop
-from fusionops.cpu.simd import I64, VECTOR_BYTES, Lanes, doubles, elements, prefetch_read, prefetch_write, word, words
+from fusionops.cpu.formats import load_element, round_element, store_rows
+from fusionops.cpu.jit import inline, task
+from fusionops.cpu.simd import (
+    I64,
+    VECTOR_BYTES,
+    Lanes,
+    call,
+    doubles,
+    elements,
+    prefetch_read,
+    prefetch_write,
+    vector_loop,
+    word,
+    words,
+)
 from fusionops.cpu.transpose import BLOCK_WORDS, stack_words, transpose_block
 
 NOWHERE = -(1 << 62)  # stands for the place of a pixel that only fills up a register tile
@@ -83,10 +94,10 @@ def finish_rows(typing, bits, rows, to, places, sums, step, count, bias, residua
 
 
 @inline
-def ask_for_output(bits, params, out_at, residual_at, count, k0, channels):
+def ask_for_output(params, out_at, residual_at, count, k0, channels):
     """Starts the cache misses of finish_tile before the sums are computed, so that they end meanwhile."""
     p = words(params)
-    item = bits // 8
+    item = p[at.STORED_BYTES]
     offsets, residual_offsets = words(out_at), words(residual_at)
     for i in range(count):
         if p[at.OUT_K] == 1:
@@ -96,16 +107,15 @@ def ask_for_output(bits, params, out_at, residual_at, count, k0, channels):
 
 
 @inline
-def load_residual(bits, params, to, pixel, first, count):
-    """to[i] = weight · residual[pixel + (first + i)·step]: only where there is a weight or a step."""
+def load_residual(bits, stored, params, to, pixel, first, count):
+    """to[i] = weight · residual[pixel + (first + i)·step], where a residual is more than what is computed with."""
     p = words(params)
-    item = bits // 8
-    d, s = elements(bits, to), elements(bits, p[at.RESIDUAL])
     kind, step = p[at.RESIDUAL_WEIGHT], p[at.RESIDUAL_K]
-    factor = rounded(bits, doubles(params)[at.RESIDUAL_FACTOR] if kind == at.WEIGHT_SCALAR else 1.0)
-    factors = elements(bits, p[at.RESIDUAL_FACTOR] + first * item if kind == at.WEIGHT_VECTOR else 0)
+    factor = round_element(bits, doubles(params)[at.RESIDUAL_FACTOR] if kind == at.WEIGHT_SCALAR else 1.0)
+    factors = elements(bits, p[at.RESIDUAL_FACTOR] + first * (bits // 8) if kind == at.WEIGHT_VECTOR else 0)
+    d = elements(bits, to)
     for i in range(count):
-        value = s[pixel + (first + i) * step]
+        value = load_element(stored, p[at.RESIDUAL], pixel + (first + i) * step)
         if kind == at.WEIGHT_SCALAR:
             value = value * factor
         elif kind == at.WEIGHT_VECTOR:
@@ -113,40 +123,55 @@ def load_residual(bits, params, to, pixel, first, count):
         d[i] = value
 
 
-@functools.cache
-def tile_finisher(bits: int) -> Callable[..., None]:
-    """The procedure that finishes sums."""
-    item = bits // 8
+@inline
+def finish_tile(params, sums, step, out_at, residual_at, copy, count, k0, channels, in_place):
+    """Finishes `count` pixels, `step` apart, for `channels` filters from k0 on: in place, or to the output."""
+    call(words(params)[at.FINISH_TILE], params, sums, step, out_at, residual_at, copy, count, k0, channels, in_place)
 
-    def finish_tile(params, sums, step, out_at, residual_at, copy, count, k0, channels, in_place):
-        """Finishes `count` pixels, `step` apart, for `channels` filters from k0 on: in place, or to the output."""
+
+@functools.cache
+def tile_finisher(bits: int, stored: int) -> int:
+    """Address of the code of `finish_tile`."""
+    item, size = bits // 8, stored // 8
+    is_narrow = stored < bits
+
+    def finish(params, sums, step, out_at, residual_at, copy, count, k0, channels, in_place):
         p = words(params)
         bias = p[at.BIAS] + k0 * item if p[at.BIAS] != 0 else 0
         to, places = sums, 0
-        if not in_place:
+        if not (in_place or is_narrow):
             to, places = p[at.OUT] + k0 * item, out_at
         residual = 0
         if p[at.RESIDUAL] != 0:
-            if p[at.RESIDUAL_K] != 1 or p[at.RESIDUAL_WEIGHT] != at.WEIGHT_NONE:
+            if is_narrow or p[at.RESIDUAL_K] != 1 or p[at.RESIDUAL_WEIGHT] != at.WEIGHT_NONE:
                 for i in range(count):
-                    load_residual(bits, params, copy + i * step * item, words(residual_at)[i], k0, channels)
+                    load_residual(bits, stored, params, copy + i * step * item, words(residual_at)[i], k0, channels)
                 residual, residual_at = copy, 0
             else:
                 residual = p[at.RESIDUAL] + k0 * item
         finish_rows(bits, count, to, places, sums, step, channels, bias, residual, residual_at,
                     p[at.ACTIVATION], doubles(params)[at.SLOPE])  # fmt: skip
+        if is_narrow and not in_place:
+            places = words(out_at)
+            for i in range(count):
+                store_rows(bits, stored, p[at.OUT] + (places[i] + k0) * size, 0, sums + i * step * item, 0, 1, channels)
 
-    return procedure(finish_tile, bits)
+    return task(finish)
+
+
+@inline
+def scatter_tile(params, sums, out_at, rows, k0, channels):
+    """Stores finished pixels to an output whose channels are OUT_K apart; rows that are NOWHERE are not pixels."""
+    call(words(params)[at.SCATTER_TILE], params, sums, out_at, rows, k0, channels)
 
 
 @functools.cache
-def tile_scatterer(bits: int) -> Callable[..., None]:
-    """The procedure that stores finished pixels to channels that do not lie side by side."""
-    item = bits // 8
+def tile_scatterer(bits: int, stored: int) -> int:
+    """Address of the code of `scatter_tile`."""
+    item, size = bits // 8, stored // 8
     lanes = VECTOR_BYTES // item
 
-    def scatter_tile(params, sums, out_at, rows, k0, channels):
-        """Stores finished pixels to an output whose channels are OUT_K apart; rows that are NOWHERE are not pixels."""
+    def scatter(params, sums, out_at, rows, k0, channels):
         p = words(params)
         width = p[at.WIDTH]
         offsets, step, side_by_side = words(out_at), p[at.OUT_K], p[at.OUT_Q] == 1
@@ -161,9 +186,11 @@ def tile_scatterer(bits: int) -> Callable[..., None]:
                 end += 1
             for k in range(0, channels, lanes):
                 used = min(lanes, channels - k)
-                transpose_block(bits, block, sums + (i * width + k) * item, width, end - i, lanes)  # whole vectors
-                to = p[at.OUT] + (offsets[i] + (k0 + k) * step) * item
-                merge_rows(bits, to, step, block, lanes, used, end - i, at.WEIGHT_NONE, 1.0, 0, 0)
+                transpose_block(
+                    bits, bits, block, sums + (i * width + k) * item, width, end - i, lanes
+                )  # whole vectors
+                to = p[at.OUT] + (offsets[i] + (k0 + k) * step) * size
+                store_rows(bits, stored, to, step, block, lanes, used, end - i)
             i = end
 
-    return procedure(scatter_tile, bits)
+    return task(scatter)

@@ -11,8 +11,9 @@ from fusionops.cpu import conv, gemm_task, launch, outer_task
 from fusionops.cpu import params as at
 from fusionops.cpu.block import Strides, Words, is_pointwise
 from fusionops.cpu.direct import common_reasons
+from fusionops.cpu.formats import FORMATS
 from fusionops.cpu.microkernel import SEGMENT_WORDS
-from fusionops.cpu.simd import COMPUTED, VECTOR_BYTES
+from fusionops.cpu.simd import VECTOR_BYTES
 from fusionops.cpu.tiling import (
     ENOUGH_TILES,
     SCRATCH_LIMIT,
@@ -27,7 +28,7 @@ from fusionops.cpu.tiling import (
 )
 from fusionops.device import CpuDevice
 from fusionops.kernel import Kernel
-from fusionops.spec import ITEM_BYTES, Conv2d, Dense, FusionSpec, Layout, Merge
+from fusionops.spec import Conv2d, Dense, FusionSpec, Layout, Merge
 
 AREAS = (at.AT_PANEL, at.AT_SUMS, at.AT_OUT, at.AT_RESIDUAL, at.AT_COPY, at.AT_SEGMENTS)
 
@@ -94,7 +95,7 @@ class GemmTiling(Tiling):
 
 def plan(spec: FusionSpec, device: CpuDevice) -> GemmTiling:
     """The tiling of a contraction without neighbours."""
-    conv2d, item = spec.conv, ITEM_BYTES[spec.dtype]
+    conv2d, item = spec.conv, FORMATS[spec.dtype].computed_bytes
     filters, channels = conv2d.K // conv2d.groups, spec.C // conv2d.groups
     pixels = spec.N * spec.P * spec.Q
     mr, nv = choose_register_tile(filters, item, device)
@@ -128,13 +129,16 @@ def plan(spec: FusionSpec, device: CpuDevice) -> GemmTiling:
 def cut(spec: FusionSpec, tiling: GemmTiling, words: Words, filters: Strides | None) -> tuple[int, bool]:
     """The words of output tiles and filter blocks; the number of tasks; whether `filters` need no packing."""
     N, P, Q = (int(words[i]) for i in (at.N, at.P, at.Q))
+    is_narrow = FORMATS[spec.dtype].is_narrow  # such sources and filters are widened where they are loaded and packed
     tile_p, tile_q = _same_area(tiling.tile_p * tiling.tile_q, P, Q)
     tiles_p, tiles_q = -(-P // tile_p), -(-Q // tile_q)
     words[at.TILE_P : at.TILES_Q + 1] = tile_p, tile_q, tiles_p, tiles_q
     words[list(AREAS)] = np.cumsum(tiling.areas)[:-1]
-    words[at.READS_SOURCES] = _has_one_source_a_channel(spec, words) and (tile_p == 1 or _rows_follow(words, tile_q))
+    words[at.READS_SOURCES] = (
+        not is_narrow and _has_one_source_a_channel(spec, words) and (tile_p == 1 or _rows_follow(words, tile_q))
+    )
     group_filters, channels, width = spec.conv.K // spec.conv.groups, spec.C // spec.conv.groups, tiling.width
-    rows = None if filters is None else _channel_step(spec, filters, tiling.item_bytes)
+    rows = None if filters is None or is_narrow else _channel_step(spec, filters, tiling.item_bytes)
     if rows is not None:
         is_long = abs(rows) * tiling.item_bytes > LONG_ROW_BYTES and tile_p * tile_q > COPY_TILES * tiling.mr
         words[at.COPIES_FILTERS] = not tiling.is_outer and (is_long or group_filters % width != 0)
@@ -183,7 +187,7 @@ ROWS = launch.Algorithm(
         if tiling.is_outer
         else gemm_task.gemm_task(tiling.bits, tiling.mr, tiling.nv)
     ),
-    lambda tiling: conv.pack_task(tiling.bits),
+    conv.pack_task,
 )
 
 
@@ -201,9 +205,11 @@ def _kernel(merge: Merge, contraction: type[Conv2d] | type[Dense], dtype: str) -
         return tuple(reasons)
 
     word = "conv" if contraction is Conv2d else "dense"
-    return Kernel(f"cpu.{merge}_{word}_fprop_gemm_{COMPUTED[dtype]}", unsupported, plan, partial(launch.run, ROWS))
+    return Kernel(
+        f"cpu.{merge}_{word}_fprop_gemm_{FORMATS[dtype].suffix}", unsupported, plan, partial(launch.run, ROWS)
+    )
 
 
 KERNELS = tuple(
-    _kernel(merge, contraction, dtype) for merge in Merge for contraction in (Conv2d, Dense) for dtype in COMPUTED
+    _kernel(merge, contraction, dtype) for merge in Merge for contraction in (Conv2d, Dense) for dtype in FORMATS
 )

@@ -14,10 +14,11 @@ import functools
 from fusionops.cpu import activation
 from fusionops.cpu import params as at
 from fusionops.cpu.conv import locate_task
-from fusionops.cpu.epilogue import NOWHERE, tile_finisher, tile_scatterer
+from fusionops.cpu.epilogue import NOWHERE, finish_tile, scatter_tile
+from fusionops.cpu.formats import store_rows
 from fusionops.cpu.jit import inline, task
 from fusionops.cpu.microkernel import SEGMENT_WORDS, gemm_segments
-from fusionops.cpu.prologue import merge_rows, tile_loader
+from fusionops.cpu.prologue import load_tile
 from fusionops.cpu.simd import clear, prefetch_read, words
 
 # With these, sums are finished in the registers that hold them; others need registers of their own.
@@ -78,15 +79,14 @@ def copy_filters(bits, params, to, source, width, depth, block0, block1, filters
     for c in range(depth):
         row, panel = first + c * step, c * width * item
         prefetch_read(row + COPY_AHEAD * step, (whole * width + rest) * item)
-        merge_rows(bits, to + panel, depth * width, row, width, whole, width, at.WEIGHT_NONE, 1.0, 0, 0)
+        store_rows(bits, bits, to + panel, depth * width, row, width, whole, width)
         if rest:
-            merge_rows(bits, end + panel, 0, row + whole * width * item, 0, 1, rest, at.WEIGHT_NONE, 1.0, 0, 0)
+            store_rows(bits, bits, end + panel, 0, row + whole * width * item, 0, 1, rest)
 
 
 @functools.cache
 def gemm_task(bits: int, mr: int, nv: int) -> int:
     """Address of the task compiled for one register tile."""
-    load_tile, finish_tile, scatter_tile = tile_loader(bits), tile_finisher(bits), tile_scatterer(bits)
     width = nv * (512 // bits)
     item = bits // 8
     tile_bytes = mr * width * item
@@ -108,6 +108,7 @@ def gemm_task(bits: int, mr: int, nv: int) -> int:
         is_turned = p[at.OUT_K] != 1  # outputs are stored when a whole block of filters is finished
         is_plain = (
             not is_turned
+            and p[at.STORED_BYTES] == item
             and (p[at.ACTIVATION] == plain or p[at.ACTIVATION] == relu)
             and (p[at.RESIDUAL] == 0 or (p[at.RESIDUAL_K] == 1 and p[at.RESIDUAL_WEIGHT] == at.WEIGHT_NONE))
         )
@@ -163,7 +164,7 @@ def gemm_task(bits: int, mr: int, nv: int) -> int:
                 if is_last and not in_registers:
                     finish_tile(params, sums, width, to, residual, copy, min(mr, rows), k0, used, is_turned)
                     if is_turned and g + 1 == count:
-                        store_block(scatter_tile, bits, params, scratch + p[at.AT_SUMS]
+                        store_block(bits, params, scratch + p[at.AT_SUMS]
                                     + kept_blocks * (block - block0) * count * tile_bytes,
                                     outs, rows, mr, k0, used)  # fmt: skip
 
@@ -171,7 +172,7 @@ def gemm_task(bits: int, mr: int, nv: int) -> int:
 
 
 @inline
-def store_block(scatter_tile, bits, params, sums, outs, rows, mr, k0, used):
+def store_block(bits, params, sums, outs, rows, mr, k0, used):
     """Stores a finished block of all pixels of a tile; the last register tile overlaps the one before it."""
     p = words(params)
     whole = rows // mr * mr if rows >= mr else rows

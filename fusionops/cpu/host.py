@@ -10,7 +10,20 @@ from pathlib import Path
 
 import numba
 
-from fusionops.cpu import conv, depthwise, gemm_task, jit, outer_task, streaming, threads, winograd_task
+from fusionops.cpu import (
+    add_task,
+    concat_task,
+    conv,
+    depthwise,
+    epilogue,
+    gemm_task,
+    jit,
+    outer_task,
+    prologue,
+    threads,
+    winograd_task,
+)
+from fusionops.cpu.formats import FORMATS
 from fusionops.cpu.target import target
 from fusionops.cpu.tiling import register_tiles
 from fusionops.device import KIB, MIB, CpuDevice
@@ -76,10 +89,19 @@ def warmup(progress: Callable[[int, int, str], None] | None = None) -> None:
     progress   called with (done, total, what comes next)
     """
     steps: list[tuple[str, Callable[[], object]]] = [("threads", threads.prepare)]
+    for name, form in FORMATS.items():
+        for what, make in {
+            "add": add_task.add_task,
+            "filter packing": conv.pack_task,
+            "tile load": prologue.tile_loader,
+            "epilogue": epilogue.tile_finisher,
+            "store": epilogue.tile_scatterer,
+        }.items():
+            steps.append((f"{what} {name}", functools.partial(make, form.bits, form.stored)))
+        if form.bits == winograd_task.BITS:
+            steps.append((f"winograd filter packing {name}", functools.partial(winograd_task.pack_task, form.stored)))
     for bits in (32, 64):
         name = f"float{bits}"
-        steps.append((f"add {name}", functools.partial(streaming.add_task, bits)))
-        steps.append((f"filter packing {name}", functools.partial(conv.pack_task, bits)))
         for mr, nv in register_tiles(device()):
             steps.append((f"convolution {name} {mr}x{nv}", functools.partial(conv.conv_task, bits, mr, nv)))
             if bits == winograd_task.BITS:
@@ -91,8 +113,7 @@ def warmup(progress: Callable[[int, int, str], None] | None = None) -> None:
             (f"depthwise {name} {mr}x{nv}", functools.partial(depthwise.depthwise_task, bits, mr, nv))
             for mr, nv in tiles
         ]
-    steps.append(("winograd filter packing", winograd_task.pack_task))
-    steps.append(("concat", streaming.concat_task))
+    steps.append(("concat", concat_task.concat_task))
     for done, (what, compile_it) in enumerate(steps):
         if progress:
             progress(done, len(steps), what)

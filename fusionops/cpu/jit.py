@@ -14,17 +14,14 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from threading import RLock
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import numba
-from llvmlite import binding
 from numba import types
 from numba.core.caching import FunctionCache
 from numba.core.ccallback import CFunc
-from numba.extending import typeof_impl
 
 T = TypeVar("T")
 LOG = logging.getLogger(__name__)
@@ -133,12 +130,15 @@ def _machine_code(function: Callable[..., None], cache: bool) -> Any:
     return made
 
 
-def task(function: Callable[[int, int, int], None]) -> int:
+def task(function: Callable[..., None]) -> int:
     """Compiles a kernel  task(params, index, slot)  and returns the address of its machine code.
 
     params   address of the block of int64 that describes the call
     index    which tile of the output
     slot     which of the scratch areas is this thread's
+
+    Or a procedure of kernels, of any number of integers, which they find at an address in the block (`simd.call`): what
+    is inlined instead is compiled again by every kernel, and by every function in between.
     """
     compiled = _compile(functools.partial(_machine_code, function))
     _KEEP.append(compiled)
@@ -157,32 +157,6 @@ def entry(signature: Any, function: Callable[..., Any]) -> Callable[..., Any]:
         return made  # type: ignore[no-any-return]  # a dispatcher, which is untyped in numba
 
     return _compile(make)
-
-
-@dataclass(frozen=True)
-class Procedure:
-    """What a kernel calls a procedure by: the name of its machine code, and how many integers it takes."""
-
-    symbol: str
-    arguments: int
-
-
-@typeof_impl.register(Procedure)
-def _type_of_procedure(procedure: Procedure, context: object) -> types.Type:
-    return types.ExternalFunction(procedure.symbol, types.void(*[types.int64] * procedure.arguments))
-
-
-def procedure(function: Callable[..., None], bits: int) -> Callable[..., None]:
-    """Compiles a function of integers once for all the kernels that call it.
-
-    Machine code refers to it by its name, so it must be there before a kernel is compiled or loaded: ask for it where
-    the kernel is made. What is inlined instead is compiled again by every kernel, and by every function in between.
-    """
-    compiled = _compile(functools.partial(_machine_code, function))
-    _KEEP.append(compiled)
-    symbol = f"fusionops_{function.__name__}_{bits}"
-    binding.add_symbol(symbol, compiled.address)
-    return cast("Callable[..., None]", Procedure(symbol, function.__code__.co_argcount))
 
 
 def inline(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -16,8 +16,11 @@ import numpy as np
 
 from fusionops.cpu import params as at
 from fusionops.cpu import stream, threads
-from fusionops.cpu.block import Strides, Words, block, filter_words, weight_word
+from fusionops.cpu.block import Strides, Words, block, filter_words, weight_word, widened
+from fusionops.cpu.epilogue import tile_finisher, tile_scatterer
+from fusionops.cpu.formats import FORMATS
 from fusionops.cpu.memory import WORKSPACE, Area, address, allocate
+from fusionops.cpu.prologue import tile_loader
 from fusionops.cpu.tiling import Tiling
 from fusionops.kernel import Filters, Operands
 from fusionops.spec import FusionSpec
@@ -32,14 +35,14 @@ class Algorithm:
     name   tells apart the orders in which algorithms want filters
     cut(spec, tiling, words, filters)   completes the words; returns the number of tasks, and whether the tasks read
                                         filters of these strides as they are (None: they are packed)
-    task(tiling), pack_task(tiling)     addresses of the machine code
+    task(tiling), pack_task(bits, stored)   addresses of the machine code
     joins_groups   whether the filters of all groups are packed as if of one
     """
 
     name: str
     cut: Callable[[FusionSpec, Any, Words, Strides | None], tuple[int, bool]]
     task: Callable[[Any], int]
-    pack_task: Callable[[Any], int]
+    pack_task: Callable[[int, int], int]
     joins_groups: bool = False
 
 
@@ -70,6 +73,10 @@ def prepare(
 ) -> Prepared:
     """The fixed words with the machine code they are for; filters None stands for packed ones."""
     words = block(spec, tiling, sources, out, residual)
+    stored = FORMATS[spec.dtype].stored
+    words[[at.LOAD_TILE, at.FINISH_TILE, at.SCATTER_TILE]] = [
+        make(tiling.bits, stored) for make in (tile_loader, tile_finisher, tile_scatterer)
+    ]
     tasks, in_place = algorithm.cut(spec, tiling, words, filters)
     return Prepared(
         words=array("q", words.tobytes()),
@@ -88,7 +95,7 @@ def prepare_packing(
     """Words, task and number of tasks of filter packing."""
     groups = 1 if algorithm.joins_groups else spec.conv.groups
     words = array("q", filter_words(spec, tiling, strides, groups))
-    return words, algorithm.pack_task(tiling), groups * tiling.blocks
+    return words, algorithm.pack_task(tiling.bits, FORMATS[spec.dtype].stored), groups * tiling.blocks
 
 
 def pack(algorithm: Algorithm, spec: FusionSpec, tiling: Tiling, filters: Any, packed: int) -> None:
@@ -104,6 +111,8 @@ def run(algorithm: Algorithm, spec: FusionSpec, tiling: Tiling, operands: Operan
     """Writes a contraction to `out`; with return_sum the merged map first, which then is the only source."""
     if spec.return_sum:
         spec, operands = stream.store_merged(spec, operands)
+    if FORMATS[spec.dtype].is_narrow:
+        operands = widened(operands)
     residual = operands.residual
     filters: Any = operands.filters
     is_kept = isinstance(filters, Filters)

@@ -19,12 +19,12 @@ from numba.extending import intrinsic
 
 from fusionops.cpu import params as at
 from fusionops.cpu.conv import locate_task
-from fusionops.cpu.epilogue import tile_finisher, tile_scatterer
+from fusionops.cpu.epilogue import finish_tile, scatter_tile
 from fusionops.cpu.gemm_task import list_sources, place_rows
 from fusionops.cpu.jit import task
 from fusionops.cpu.microkernel import SEGMENT_WORDS
-from fusionops.cpu.prologue import merge_rows, tile_loader, vector_loop
-from fusionops.cpu.simd import Lanes, clear, word, words
+from fusionops.cpu.prologue import load_tile, merge_rows
+from fusionops.cpu.simd import Lanes, clear, vector_loop, word, words
 from fusionops.cpu.target import target
 
 PIXELS_AT_ONCE = 4  # 2 took 1.02 of the time
@@ -84,7 +84,6 @@ def add_outer_products(typing, bits, channels, rows, a, a_step, row, row_step, c
 @functools.cache
 def outer_task(bits: int) -> int:
     """Address of the task, whatever the number of pixels and the width of a block."""
-    load_tile, finish_tile, scatter_tile = tile_loader(bits), tile_finisher(bits), tile_scatterer(bits)
     item = bits // 8
 
     def outer(params, index, slot):
@@ -121,7 +120,7 @@ def outer_task(bits: int) -> int:
                     add_outer_products(bits, 1, rows, a + c * item, step, row, row_bytes, used, sums, width * item)
                     row += row_bytes
             if c0 > 0:
-                merge_rows(bits, total, 0, sums, 0, 1, rows * width, at.WEIGHT_NONE, 1.0, 0, 1)
+                merge_rows(bits, bits, bits, total, 0, sums, 0, 1, rows * width, at.WEIGHT_NONE, 1.0, 0, 1)
         finish_tile(params, total, width, outs, residuals, copy, rows, k0, used, is_turned)
         if is_turned:
             scatter_tile(params, total, outs, rows, k0, used)

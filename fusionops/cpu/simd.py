@@ -15,8 +15,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 VECTOR_BYTES = 64
-COMPUTED = {"float32": "f32", "float64": "f64"}  # what the kernels compute in, and how their names say it
-I1, I8, I32, I64 = ir.IntType(1), ir.IntType(8), ir.IntType(32), ir.IntType(64)
+I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 
 
 def word(value: int) -> ir.Constant:
@@ -24,18 +23,21 @@ def word(value: int) -> ir.Constant:
 
 
 class Lanes:
-    """One vector type and the instructions on it, bound to an IR builder; `bits` of an element are 32 or 64."""
+    """One vector type and the instructions on it, bound to an IR builder; `bits` of an element are 32 or 64.
+
+    Or 16, of elements that are moved and not computed with.
+    """
 
     def __init__(self, b: ir.IRBuilder, bits: int, vector_bytes: int = VECTOR_BYTES) -> None:
         self.b = b
         self.bits = bits
         self.item_bytes = bits // 8
         self.count = vector_bytes // self.item_bytes
-        self.scalar = ir.FloatType() if bits == 32 else ir.DoubleType()
+        self.scalar = {16: I16, 32: ir.FloatType(), 64: ir.DoubleType()}[bits]
         self.type = ir.VectorType(self.scalar, self.count)
         self.int = ir.VectorType(ir.IntType(bits), self.count)
         self.mask = ir.VectorType(I1, self.count)
-        self.suffix = f"v{self.count}f{bits}"
+        self.suffix = f"v{self.count}{'i' if bits == 16 else 'f'}{bits}"
 
     # memory
 
@@ -56,9 +58,9 @@ class Lanes:
         self.b.store(value, self._vector_pointer(pointer)).align = 1
 
     def stream(self, value: ir.Value, pointer: ir.Value) -> None:
-        """A store around the caches; `pointer` is aligned to VECTOR_BYTES."""
+        """A store around the caches; `pointer` is aligned to the vector's bytes."""
         store = self.b.store(value, self._vector_pointer(pointer))
-        store.align = VECTOR_BYTES
+        store.align = self.count * self.item_bytes
         store.set_metadata("nontemporal", self.b.module.add_metadata([ir.Constant(I32, 1)]))
 
     def prefetch(self, pointer: ir.Value, *, write: bool = False, level: int = 1) -> None:
@@ -78,7 +80,9 @@ class Lanes:
     def masked_load(self, pointer: ir.Value, mask: ir.Value) -> ir.Value:
         kind = ir.FunctionType(self.type, [self.type.as_pointer(), I32, self.mask, self.type])
         function = cgutils.get_or_insert_function(self.b.module, kind, f"llvm.masked.load.{self.suffix}.p0")
-        return self.b.call(function, [self._vector_pointer(pointer), ir.Constant(I32, 1), mask, self.constant(0.0)])
+        return self.b.call(
+            function, [self._vector_pointer(pointer), ir.Constant(I32, 1), mask, ir.Constant(self.type, None)]
+        )
 
     def masked_store(self, value: ir.Value, pointer: ir.Value, mask: ir.Value) -> None:
         kind = ir.FunctionType(ir.VoidType(), [self.type, self.type.as_pointer(), I32, self.mask])
@@ -147,6 +151,17 @@ class Lanes:
         return x
 
 
+def vector_loop(b: ir.IRBuilder, lanes: Lanes, count: ir.Value, body: Any) -> None:
+    """body(offset, mask) over `count` elements: whole vectors with mask None, then one masked one."""
+    whole = b.sdiv(count, word(lanes.count))
+    with cgutils.for_range(b, whole) as v:
+        body(b.mul(v.index, word(lanes.count)), None)
+    done = b.mul(whole, word(lanes.count))
+    rest = b.sub(count, done)
+    with b.if_then(b.icmp_signed(">", rest, word(0))):
+        body(done, lanes.tail_mask(rest))
+
+
 def _prefetch_intrinsic(write: bool) -> Any:
     @intrinsic
     def prefetch(typing, address, count):
@@ -180,6 +195,23 @@ def clear(typing, address, count):
     return types.void(types.intp, types.intp), codegen
 
 
+@intrinsic
+def call(typing, address, *arguments):
+    """Calls machine code that takes integers and returns nothing (`jit.task`)."""
+    signature = types.void(types.intp, types.StarArgTuple.from_types(arguments))
+
+    def codegen(context, b, signature, args):
+        values = [
+            context.cast(b, value, kind, types.int64)
+            for value, kind in zip(cgutils.unpack_tuple(b, args[1]), signature.args[1], strict=True)
+        ]
+        kind = ir.FunctionType(ir.VoidType(), [I64] * len(values))
+        b.call(b.inttoptr(args[0], kind.as_pointer()), values)
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
 def _pointer_intrinsic(numba_type: Any, ir_type: ir.Type) -> Any:
     @intrinsic
     def view(typing, address):
@@ -197,10 +229,11 @@ doubles = _pointer_intrinsic(types.float64, ir.DoubleType())
 
 @intrinsic(prefer_literal=True)
 def elements(typing, bits, address):
-    """The address as a pointer to float32 (bits = 32) or float64 (bits = 64); bits is literal."""
+    """The address as a pointer to float32 (bits = 32), float64 (64) or two bytes (less than 32); bits is literal."""
     if not isinstance(bits, types.IntegerLiteral):
         return None
-    number, element = (types.float32, ir.FloatType()) if bits.literal_value == 32 else (types.float64, ir.DoubleType())
+    kinds = {32: (types.float32, ir.FloatType()), 64: (types.float64, ir.DoubleType())}
+    number, element = kinds.get(bits.literal_value, (types.uint16, I16))
 
     def codegen(context, b, signature, args):
         return b.inttoptr(args[1], element.as_pointer())

@@ -18,21 +18,20 @@ from typing import Any
 import numpy as np
 
 from fusionops.cpu import activation, threads
-from fusionops.cpu.block import WEIGHT_KINDS, weight_word
-from fusionops.cpu.memory import address
-from fusionops.cpu.simd import COMPUTED, VECTOR_BYTES
-from fusionops.cpu.streaming import (
+from fusionops.cpu.add_task import HEAD, add_task, operand_words
+from fusionops.cpu.block import WEIGHT_KINDS, weight_word, widened
+from fusionops.cpu.concat_task import (
     BLOCK_BYTES,
     CONCAT_HEAD,
     CONCAT_WORDS,
-    HEAD,
     LONG_BYTES,
     STAGE_BYTES,
     WOVEN,
-    add_task,
     concat_task,
-    operand_words,
 )
+from fusionops.cpu.formats import FORMATS
+from fusionops.cpu.memory import address
+from fusionops.cpu.simd import VECTOR_BYTES
 from fusionops.device import CpuDevice
 from fusionops.kernel import Kernel, Operands
 from fusionops.spec import ITEM_BYTES, Direction, FusionSpec, Merge, SourceSpec
@@ -166,17 +165,18 @@ def add_block(
 def run_add(spec: FusionSpec, config: StreamConfig, operands: Operands, out: np.ndarray[Any, Any]) -> None:
     """Writes the sum of sources of one dtype to `out`."""
     fixed, tasks = add_block(spec, config, tuple([source.strides for source in operands.sources]), out.strides)
-    words = fixed[:]
+    words, form = fixed[:], FORMATS[spec.dtype]
     depth = words[1]
     size, start = operand_words(depth), HEAD + depth
+    if form.is_narrow:
+        operands = widened(operands)
     words[start] = address(out)
     for j, source in enumerate(operands.sources, 1):
         words[start + j * size] = address(source)
     for j, weight in enumerate(operands.weights, 1):
         words[start + j * size + 2] = weight_word(weight)
-    threads.parallel_for(
-        add_task(8 * ITEM_BYTES[spec.dtype]), words.buffer_info()[0], tasks, threads.get_num_threads(), SPAN_FLOPS
-    )
+    task = add_task(form.bits, form.stored)
+    threads.parallel_for(task, words.buffer_info()[0], tasks, threads.get_num_threads(), SPAN_FLOPS)
 
 
 def run_add_any(spec: FusionSpec, config: StreamConfig, operands: Operands, out: np.ndarray[Any, Any]) -> None:
@@ -309,17 +309,16 @@ def _kernel(name: str, merge: Merge, dtype: str | None, run: Any) -> Kernel:
         ]
         reasons += [f"a source has {name}, which the tile load does not apply yet" for name in asked]
         plain = spec.activation is None and all(source.is_plain for source in spec.sources)
-        same = all(source.dtype == spec.dtype for source in spec.sources) and spec.dtype in COMPUTED
+        same = all(source.dtype == spec.dtype for source in spec.sources) and spec.dtype in FORMATS
         if dtype is None and not plain and not (merge is Merge.CONCAT and same):
-            reasons.append(f"a merge that is more than a plain {merge} needs sources all of float32 or all of float64")
+            reasons.append(f"a merge that is more than a plain {merge} needs sources of one floating dtype")
         return tuple(reasons)
 
     return Kernel(f"cpu.{name}", unsupported, plan, run)
 
 
 KERNELS = (
-    _kernel("add_fprop_stream_f32", Merge.ADD, "float32", run_add),
-    _kernel("add_fprop_stream_f64", Merge.ADD, "float64", run_add),
+    *(_kernel(f"add_fprop_stream_{form.suffix}", Merge.ADD, dtype, run_add) for dtype, form in FORMATS.items()),
     _kernel("concat_fprop_stream_any", Merge.CONCAT, None, run_concat),
     _kernel("add_fprop_stream_any", Merge.ADD, None, run_add_any),
 )

@@ -12,12 +12,16 @@ import numba
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """machine as the operating system names it; bytes of a vector register, and how many; whether it has an FMA."""
+    """machine as the operating system names it; bytes of a vector register, and how many.
+
+    fma, converts_half   whether it has instructions for x·y + z, and from float16 to float32 and back
+    """
 
     machine: str
     vector_bytes: int
     vector_registers: int
     fma: bool
+    converts_half: bool
 
     @property
     def is_x86(self) -> bool:
@@ -38,11 +42,11 @@ def target() -> Target:
     features = _features()
     machine = platform.machine().lower()
     if machine not in ("x86_64", "amd64"):
-        return Target(machine, 16, 32, fma=True)  # NEON and its like
+        return Target(machine, 16, 32, fma=True, converts_half=True)  # NEON and its like
     if {"avx512f", "avx512vl"} <= features:
         vector_bytes, registers = 64, 32
     elif "avx2" in features:
         vector_bytes, registers = 32, 16
     else:
         vector_bytes, registers = 16, 16
-    return Target(machine, vector_bytes, registers, "fma" in features)
+    return Target(machine, vector_bytes, registers, "fma" in features, bool({"f16c", "avx512f"} & features))

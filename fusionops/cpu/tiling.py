@@ -10,9 +10,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from functools import cached_property
 
+from fusionops.cpu.formats import FORMATS
 from fusionops.cpu.simd import VECTOR_BYTES
 from fusionops.device import CpuDevice
-from fusionops.spec import ITEM_BYTES, FusionSpec, filter_reach
+from fusionops.spec import FusionSpec, filter_reach
 
 WORD_BYTES = 8
 SCRATCH_LIMIT = 4 * 1024 * 1024  # bytes a thread may use beside operands: what the documentation promises
@@ -177,7 +178,7 @@ def balanced(extent: int, limit: int) -> int:
 def plan(spec: FusionSpec, device: CpuDevice) -> ConvTiling:
     """The tiling of a contraction tap by tap."""
     conv = spec.conv
-    item = ITEM_BYTES[spec.dtype]
+    item = FORMATS[spec.dtype].computed_bytes
     group_filters, group_channels = conv.K // conv.groups, spec.C // conv.groups
     mr, nv = choose_register_tile(group_filters, item, device)
     width = nv * VECTOR_BYTES // item
@@ -213,7 +214,7 @@ def _with_tile(
     blocks: int,
     task_blocks: int,
 ) -> ConvTiling:
-    conv, item = spec.conv, ITEM_BYTES[spec.dtype]
+    conv, item = spec.conv, FORMATS[spec.dtype].computed_bytes
     group_channels, width = spec.C // conv.groups, nv * VECTOR_BYTES // item
     return ConvTiling(
         bits=8 * item, mr=mr, nv=nv, depth=depth, chunks=-(-group_channels // depth), blocks=blocks,

@@ -17,8 +17,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from fusionops.cpu.prologue import vector_loop
-from fusionops.cpu.simd import Lanes, word
+from fusionops.cpu.simd import Lanes, vector_loop, word
 
 POINTS = 36  # products of a patch and of a filter
 PATCH, OUTPUTS, TAPS = 6, 4, 3  # extents of an input patch, of its outputs and of a filter

@@ -9,6 +9,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from fusionops.cpu.formats import Stored, literals
 from fusionops.cpu.simd import I32, I64, VECTOR_BYTES, Lanes, word
 
 # int64 words of the largest block. A block has as many vectors as a vector has lanes, which is most for float32.
@@ -32,19 +33,20 @@ def _transposed(lanes: Lanes, rows: list[ir.Value]) -> list[ir.Value]:
 
 
 @intrinsic(prefer_literal=True)
-def transpose_block(typing, bits, to, source, step, rows, count):
+def transpose_block(typing, bits, stored, to, source, step, rows, count):
     """to[c·lanes + r] = source[r·step + c] for 1 ≤ rows and c < count, neither more than the lanes of a vector.
 
-    `to` has room for a whole block; what lies beyond rows and count is arbitrary.
+    `to` has room for a whole block; what lies beyond rows and count is arbitrary. The source is in the format `stored`.
     """
-    if not isinstance(bits, types.IntegerLiteral):
+    if not literals(bits, stored):
         return None
-    signature = types.void(bits, *[types.intp] * 5)
+    signature = types.void(bits, stored, *[types.intp] * 5)
 
     def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        _, to, source, step, rows, count = args
+        to, source, step, rows, count = args[2:]
         lanes = Lanes(b, bits.literal_value)
-        to, source = lanes.pointer(to), lanes.pointer(source)
+        there = Stored(lanes, stored.literal_value)
+        to, source = lanes.pointer(to), there.pointer(source)
         last = b.sub(rows, word(1))
         places = []
         for r in range(lanes.count):  # rows that are not there repeat the last one
@@ -57,10 +59,10 @@ def transpose_block(typing, bits, to, source, step, rows, count):
 
         with b.if_else(b.icmp_signed("==", count, word(lanes.count))) as (whole, part):
             with whole:
-                finish([lanes.load(place) for place in places])
+                finish([there.load(place) for place in places])
             with part:
                 mask = lanes.tail_mask(count)
-                finish([lanes.masked_load(place, mask) for place in places])
+                finish([there.load(place, mask) for place in places])
         return context.get_dummy_value()
 
     return signature, codegen

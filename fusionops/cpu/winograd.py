@@ -16,6 +16,7 @@ from fusionops.cpu import launch, stream
 from fusionops.cpu import params as at
 from fusionops.cpu.block import Strides, Words
 from fusionops.cpu.direct import common_reasons
+from fusionops.cpu.formats import FORMATS
 from fusionops.cpu.simd import VECTOR_BYTES
 from fusionops.cpu.tiling import (
     SCRATCH_LIMIT,
@@ -35,8 +36,6 @@ from fusionops.cpu.winograd_task import BITS, ITEM, pack_task, shorter_tiles, wi
 from fusionops.device import CpuDevice
 from fusionops.kernel import Kernel
 from fusionops.spec import Conv2d, FusionSpec, Merge
-
-DTYPE = "float32"
 
 # Sums of more channels are cut into chunks of this many, which bounds their error: relative L2 on normal data at most
 # 0.9e-6 from 64 to 1024 channels; chunks of 128 give up to 1.1e-6.
@@ -128,6 +127,7 @@ def _tilings(spec: FusionSpec, device: CpuDevice) -> Iterator[tuple[float, Winog
     blocks = -(-K // width)
     packed = POINTS * blocks * width * C
     is_near = packed * ITEM <= device.l2_bytes
+    is_large = not FORMATS[spec.dtype].is_narrow and math.prod(spec.out_shape) * ITEM >= stream.STREAM_BYTES
     half, quarter = shorter_tiles(mr)
     for per_task in range(NEAR_TILES if is_near else FAR_TILES, 0, -1):
         groups = -(-tiles // (per_task * mr))
@@ -138,7 +138,7 @@ def _tilings(spec: FusionSpec, device: CpuDevice) -> Iterator[tuple[float, Winog
             tiling = WinogradTiling(
                 bits=BITS, mr=mr, nv=nv, depth=depth, chunks=-(-C // depth), blocks=blocks, task_blocks=task_blocks,
                 packed_elements=packed, tiles=task_tiles, row_tiles=balanced(-(-spec.Q // OUTPUTS), RUN),
-                around=math.prod(spec.out_shape) * ITEM >= stream.STREAM_BYTES and K % width == 0,
+                around=is_large and K % width == 0,
             )  # fmt: skip
             if tiling.scratch_bytes <= SCRATCH_LIMIT:
                 tasks = groups * -(-blocks // task_blocks)
@@ -161,7 +161,7 @@ def cut(spec: FusionSpec, tiling: WinogradTiling, words: Words, filters: Strides
 
 
 WINOGRAD = launch.Algorithm(
-    "winograd", cut, lambda tiling: winograd_task(tiling.mr, tiling.nv), lambda tiling: pack_task()
+    "winograd", cut, lambda tiling: winograd_task(tiling.mr, tiling.nv), lambda bits, stored: pack_task(stored)
 )
 
 
@@ -185,9 +185,9 @@ def slow(spec: FusionSpec) -> tuple[str, ...]:
     return ()
 
 
-def _kernel(merge: Merge) -> Kernel:
+def _kernel(merge: Merge, dtype: str) -> Kernel:
     def unsupported(spec: FusionSpec) -> tuple[str, ...]:
-        reasons = common_reasons(spec, merge, DTYPE)
+        reasons = common_reasons(spec, merge, dtype)
         if not isinstance(spec.contraction, Conv2d):
             return (*reasons, "the contraction is not a conv2d")
         conv = spec.conv
@@ -204,7 +204,8 @@ def _kernel(merge: Merge) -> Kernel:
             reasons.append("strict=True forbids a sum that forms other products")
         return tuple(reasons)
 
-    return Kernel(f"cpu.{merge}_conv_fprop_winograd_f32", unsupported, plan, partial(launch.run, WINOGRAD), slow)
+    name = f"cpu.{merge}_conv_fprop_winograd_{FORMATS[dtype].suffix}"
+    return Kernel(name, unsupported, plan, partial(launch.run, WINOGRAD), slow)
 
 
-KERNELS = tuple(_kernel(merge) for merge in Merge)
+KERNELS = tuple(_kernel(merge, dtype) for merge in Merge for dtype, form in FORMATS.items() if form.bits == BITS)

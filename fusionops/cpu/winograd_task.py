@@ -11,12 +11,13 @@ from __future__ import annotations
 import functools
 
 from fusionops.cpu import params as at
-from fusionops.cpu.epilogue import tile_finisher, tile_scatterer
+from fusionops.cpu.concat_task import copy_around
+from fusionops.cpu.epilogue import finish_tile, scatter_tile
+from fusionops.cpu.formats import load_element
 from fusionops.cpu.jit import inline, task
 from fusionops.cpu.microkernel import gemm_rows
-from fusionops.cpu.prologue import tile_loader
+from fusionops.cpu.prologue import load_tile
 from fusionops.cpu.simd import VECTOR_BYTES, clear, elements, prefetch_write, words
-from fusionops.cpu.streaming import copy_around
 from fusionops.cpu.tiling import WORD_BYTES
 from fusionops.cpu.transform import (
     OUTPUTS,
@@ -56,7 +57,7 @@ def locate(params, tile, last):
 
 
 @inline
-def load_patches(load_tile, params, region, n, p0, q0, count, c0, depth):
+def load_patches(params, region, n, p0, q0, count, c0, depth):
     """The merged map under `count` tiles side by side, one pixel beyond them on each side; 0 outside the map."""
     p = words(params)
     pitch = p[at.PITCH]
@@ -103,16 +104,15 @@ def ask_for_channels(params, outs, rows, cols, k0, used):
     without (means of three runs each).
     """
     p = words(params)
-    to = words(outs)
+    to, item = words(outs), p[at.STORED_BYTES]
     for k in range(k0, k0 + used):
         for i in range(rows):
-            prefetch_write(p[at.OUT] + (to[i * cols] + k * p[at.OUT_K]) * ITEM, cols * ITEM)
+            prefetch_write(p[at.OUT] + (to[i * cols] + k * p[at.OUT_K]) * item, cols * item)
 
 
 @functools.cache
 def winograd_task(mr: int, nv: int) -> int:
     """Address of the task compiled for one register tile."""
-    load_tile, finish_tile, scatter_tile = tile_loader(BITS), tile_finisher(BITS), tile_scatterer(BITS)
     width = nv * VECTOR_BYTES // ITEM
     half, quarter = shorter_tiles(mr)
 
@@ -136,7 +136,7 @@ def winograd_task(mr: int, nv: int) -> int:
             tile = first
             while tile < last:
                 n, p0, q0, count = locate(params, tile, last)
-                load_patches(load_tile, params, region, n, p0, q0, count, c0, depth)
+                load_patches(params, region, n, p0, q0, count, c0, depth)
                 for i in range(count):
                     to = values + (tile + i - first) * depth * ITEM
                     input_transform(BITS, to, PATCH * point_values, point_values,
@@ -196,7 +196,7 @@ def winograd_task(mr: int, nv: int) -> int:
 
 
 @functools.cache
-def pack_task() -> int:
+def pack_task(stored: int) -> int:
     """Address of the task that transforms and packs one filter block: [chunk][point][block][channel][width].
 
     Words: packed, filters, steps r s c k (elements), R, S, channels and filters, depth, width, blocks.
@@ -208,7 +208,7 @@ def pack_task() -> int:
         channels, filters, depth, width, blocks = p[8], p[9], p[10], p[11], p[12]
         k0 = index * width
         used = min(width, filters - k0)
-        source = elements(BITS, p[1] + k0 * step_k * ITEM)
+        source = p[1] + k0 * step_k * (stored // 8)
         buffer = stack_words(TAP_WORDS)
         taps = elements(BITS, buffer)
         for i in range(TAPS * TAPS * width):
@@ -219,7 +219,7 @@ def pack_task() -> int:
             to = p[0] + (POINTS * blocks * c0 + index * chunk) * width * ITEM
             for c in range(chunk):
                 place = to + c * width * ITEM
-                if step_k == 1 and used == width:
+                if stored == BITS and step_k == 1 and used == width:
                     here = p[1] + (k0 + (c0 + c) * step_c) * ITEM
                     filter_transform(BITS, place, PATCH * point, point, here, step_r, step_s, width)
                     continue
@@ -227,7 +227,7 @@ def pack_task() -> int:
                     for s in range(TAPS):
                         here = r * step_r + s * step_s + (c0 + c) * step_c
                         for k in range(used):
-                            taps[(r * TAPS + s) * width + k] = source[here + k * step_k]
+                            taps[(r * TAPS + s) * width + k] = load_element(stored, source, here + k * step_k)
                 filter_transform(BITS, place, PATCH * point, point, buffer, TAPS * width, width, width)
 
     return task(pack)

@@ -161,11 +161,15 @@ def in_nchw(problem: Problem) -> Problem:
     return replace(problem, name=f"{problem.name}_nchw", spec=spec)
 
 
+def in_dtype(problem: Problem, dtype: str) -> Problem:
+    """The same problem in another floating dtype, pinned to the kernels for that."""
+    spec, suffix = problem.spec, {"float16": "f16", "bfloat16": "bf16", "float64": "f64"}[dtype]
+    sources = tuple(replace(source, dtype=dtype) for source in spec.sources)
+    residual = None if spec.residual is None else replace(spec.residual, dtype=dtype)
+    spec = replace(spec, dtype=dtype, sources=sources, residual=residual)
+    kernels = tuple(name.replace("_f32", f"_{suffix}") for name in problem.kernels)
+    return replace(problem, name=f"{problem.name}_{suffix}", spec=spec, kernels=kernels)
+
+
 def in_float64(problem: Problem) -> Problem:
-    """The same contraction in float64, pinned to the float64 kernels."""
-    spec = problem.spec
-    sources = tuple(replace(source, dtype="float64") for source in spec.sources)
-    residual = None if spec.residual is None else replace(spec.residual, dtype="float64")
-    spec = replace(spec, dtype="float64", sources=sources, residual=residual)
-    kernels = tuple(name.replace("_f32", "_f64") for name in problem.kernels)
-    return replace(problem, name=f"{problem.name}_f64", spec=spec, kernels=kernels)
+    return in_dtype(problem, "float64")

@@ -1,0 +1,219 @@
+"""The task of an add without a contraction: a span of the output. Chooses no extents."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from fusionops.cpu import params as at
+from fusionops.cpu.epilogue import finish_rows
+from fusionops.cpu.formats import Stored, literals, store_rows
+from fusionops.cpu.jit import inline, task
+from fusionops.cpu.prologue import merge_rows
+from fusionops.cpu.simd import I64, VECTOR_BYTES, Lanes, doubles, elements, word, words
+from fusionops.cpu.transpose import stack_words
+
+# Words of an add: these, the extents, then for each operand (output first) base, weight kind, weight, steps, factors.
+SOURCES, DEPTH, ROWS, TASK_ROWS, PIECES, PIECE, PLAIN, NONTEMPORAL, ACTIVATION, SLOPE, CHANNEL = range(11)
+HEAD = 11
+
+BLOCK = 1024  # elements of the buffer that a general add goes through: 4 to 8 KiB, a small part of L1
+UNROLL = 4  # vectors in flight; 8 gained nothing
+
+
+def operand_words(depth: int) -> int:
+    return 3 + 2 * depth
+
+
+@intrinsic(prefer_literal=True)
+def add_run(typing, bits, stored, to, table, sources, count, nontemporal):
+    """to[i] = ((x0[i] + x1[i]) + x2[i]) + … for contiguous runs whose addresses stand in `table`."""
+    if not literals(bits, stored):
+        return None
+    signature = types.void(bits, stored, *[types.intp] * 5)
+
+    def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        address, table, sources, count, nontemporal = args[2:]
+        lanes = Lanes(b, bits.literal_value)
+        there = Stored(lanes, stored.literal_value)
+        to, table = there.pointer(address), b.inttoptr(table, I64.as_pointer())
+        sums = [cgutils.alloca_once(b, lanes.type) for _ in range(UNROLL)]
+
+        def span(offset: ir.Value, vectors: int, mask: ir.Value | None, store: Any) -> None:
+            def load(source: ir.Value, v: int) -> ir.Value:
+                place = b.gep(there.pointer(b.load(b.gep(table, [source]))), [b.add(offset, word(v * lanes.count))])
+                return there.load(place, mask)
+
+            for v in range(vectors):
+                b.store(load(word(0), v), sums[v])
+            with cgutils.for_range(b, sources, start=word(1)) as j:
+                for v in range(vectors):
+                    b.store(there.round(b.fadd(b.load(sums[v]), load(j.index, v))), sums[v])
+            for v in range(vectors):
+                store(b.load(sums[v]), b.gep(to, [b.add(offset, word(v * lanes.count))]))
+
+        def masked(offset: ir.Value, rest: ir.Value) -> None:
+            with b.if_then(b.icmp_signed(">", rest, word(0))):
+                mask = lanes.tail_mask(rest)
+                span(offset, 1, mask, lambda value, place: there.store(value, place, mask))
+
+        def body(start: ir.Value, store: Any) -> ir.Value:
+            """Whole vectors from `start` on; returns where they end."""
+            whole = b.sdiv(b.sub(count, start), word(lanes.count))
+            blocks = b.sdiv(whole, word(UNROLL))
+            with cgutils.for_range(b, blocks) as i:
+                span(b.add(start, b.mul(i.index, word(UNROLL * lanes.count))), UNROLL, None, store)
+            done = b.mul(blocks, word(UNROLL))
+            with cgutils.for_range(b, b.sub(whole, done)) as i:
+                span(b.add(start, b.mul(b.add(done, i.index), word(lanes.count))), 1, None, store)
+            return b.add(start, b.mul(whole, word(lanes.count)))
+
+        # An array that starts between two multiples of its item size has no aligned vector.
+        off = b.and_(address, word(there.item_bytes - 1))
+        goes_around = b.and_(b.icmp_signed("!=", nontemporal, word(0)), b.icmp_signed("==", off, word(0)))
+        with b.if_else(goes_around) as (around, through):
+            with around:  # stores around the caches need whole, aligned vectors: a masked one goes first
+                ahead = b.sdiv(b.and_(b.neg(address), word(VECTOR_BYTES - 1)), word(there.item_bytes))
+                head = b.select(b.icmp_signed("<", ahead, count), ahead, count)
+                masked(word(0), head)
+                end = body(head, there.stream)
+                masked(end, b.sub(count, end))
+            with through:
+                end = body(word(0), there.store)
+                masked(end, b.sub(count, end))
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+@inline
+def operand_offset(params, operand, row):
+    """Elements from an operand's base to the start of row `row`: all axes but the last, each repeated by its factor."""
+    p = words(params)
+    depth = p[DEPTH]
+    here = words(params + 8 * (HEAD + depth + operand * (3 + 2 * depth) + 3))
+    offset = 0
+    for d in range(depth - 2, -1, -1):
+        extent = p[HEAD + d]
+        position = row % extent
+        row //= extent
+        offset += position // here[depth + d] * here[d]
+    return offset
+
+
+@inline
+def weight_position(params, row):
+    """Index of the row along the channel axis, where that is not the last one."""
+    p = words(params)
+    depth, channel = p[DEPTH], p[CHANNEL]
+    for d in range(depth - 2, channel, -1):
+        row //= p[HEAD + d]
+    return row % p[HEAD + channel]
+
+
+@inline
+def spread(stored, to, source, step, factor, first, count):
+    """to[i] = source[(first + i) // factor · step]: a run with any step, each element repeated `factor` times."""
+    d, s = elements(stored, to), elements(stored, source)
+    place = first // factor
+    i = 0
+    end = (place + 1) * factor - first  # where the repetitions of element `place` end
+    if factor == 2 and step == 1:  # the usual case, in a form that compilers turn into vectors
+        if end == 1 and count > 0:
+            d[0] = s[place]
+            place, i = place + 1, 1
+        pairs = (count - i) // 2
+        for k in range(pairs):
+            value = s[place + k]
+            d[i + 2 * k] = value
+            d[i + 2 * k + 1] = value
+        i += 2 * pairs
+        if i < count:
+            d[i] = s[place + pairs]
+    else:
+        while i < count:
+            value = s[place * step]
+            stop = min(count, end)
+            while i < stop:
+                d[i] = value
+                i += 1
+            place += 1
+            end += factor
+
+
+@inline
+def add_general(bits, stored, params, row, first, count, buffer, spare):
+    """One run of an add with weights, an activation or any steps, through a buffer in L1."""
+    p = words(params)
+    item = stored // 8
+    depth = p[DEPTH]
+    size = 3 + 2 * depth
+    for j in range(1, p[SOURCES] + 1):
+        here = params + 8 * (HEAD + depth + j * size)
+        o = words(here)
+        kind, weight, weights = o[1], 1.0, 0
+        step, factor = o[3 + depth - 1], o[3 + 2 * depth - 1]
+        if kind == at.WEIGHT_SCALAR:
+            weight = doubles(here)[2]
+        elif kind == at.WEIGHT_VECTOR:
+            if p[CHANNEL] == depth - 1:
+                weights = o[2] + first * (bits // 8)
+            else:
+                kind = at.WEIGHT_SCALAR
+                weight = float(elements(bits, o[2])[weight_position(params, row)])
+        source = o[0] + operand_offset(params, j, row) * item
+        run = source + first * item
+        if step != 1 or factor != 1:
+            spread(stored, spare, source, step, factor, first, count)
+            run = spare
+        merge_rows(bits, stored, stored, buffer, 0, run, 0, 1, count, kind, weight, weights, j > 1)
+    out = words(params + 8 * (HEAD + depth))
+    step = out[3 + depth - 1]
+    to = out[0] + (operand_offset(params, 0, row) + first * step) * item
+    if step == 1 and stored == bits:
+        finish_rows(bits, 1, to, 0, buffer, 0, count, 0, 0, 0, p[ACTIVATION], doubles(params)[SLOPE])
+    else:
+        finish_rows(bits, 1, buffer, 0, buffer, 0, count, 0, 0, 0, p[ACTIVATION], doubles(params)[SLOPE])
+        if step == 1:
+            store_rows(bits, stored, to, 0, buffer, 0, 1, count)
+        else:
+            store_rows(bits, stored, spare, 0, buffer, 0, 1, count)
+            d, s = elements(stored, to), elements(stored, spare)
+            for i in range(count):
+                d[i * step] = s[i]
+
+
+MOST_IN_TABLE = 64  # sources whose addresses fit the task's table; more go through the buffer
+
+
+@functools.cache
+def add_task(bits: int, stored: int) -> int:
+    """Address of the task of an add."""
+    item = stored // 8
+
+    def add(params, index, slot):
+        p = words(params)
+        depth, sources = p[DEPTH], p[SOURCES]
+        size = 3 + 2 * depth
+        inner = p[HEAD + depth - 1]
+        piece = index % p[PIECES]
+        row0 = index // p[PIECES] * p[TASK_ROWS]
+        start, end = piece * p[PIECE], min(inner, (piece + 1) * p[PIECE])
+        table, buffer, spare = stack_words(MOST_IN_TABLE), stack_words(BLOCK), stack_words(BLOCK)
+        for row in range(row0, min(p[ROWS], row0 + p[TASK_ROWS])):
+            if p[PLAIN] and sources <= MOST_IN_TABLE:
+                for j in range(1, sources + 1):
+                    base = p[HEAD + depth + j * size]
+                    words(table)[j - 1] = base + (operand_offset(params, j, row) + start) * item
+                to = p[HEAD + depth] + (operand_offset(params, 0, row) + start) * item
+                add_run(bits, stored, to, table, sources, end - start, p[NONTEMPORAL])
+            else:
+                for first in range(start, end, BLOCK):
+                    add_general(bits, stored, params, row, first, min(BLOCK, end - first), buffer, spare)
+
+    return task(add)
