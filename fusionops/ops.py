@@ -122,8 +122,9 @@ def add_conv(
     returns    y (N, P, Q, K); P = (H + pad_top + pad_bottom − (R − 1)·dilation_h − 1) // stride_h + 1
 
     Numerics: each product and sum of the merge is rounded by itself; the contraction accumulates in the dtype of the
-    sources, or in float32 if that is narrower, and is then rounded once more. strict: |error| ≤ (8 + 2√(R·S·C/groups))·u·(|m| ⋆ |f| + |b|), u half a unit in the last place of 1. Padding
-    is skipped, not multiplied: an Inf at a border makes no NaN. The bits do not depend on the number of threads.
+    sources, or in float32 if that is narrower, and is then rounded once more. strict: |error| ≤
+    (8 + 2√(R·S·C/groups))·u·(|m| ⋆ |f| + |b|), u half a unit in the last place of 1. Padding is skipped, not
+    multiplied: an Inf at a border makes no NaN. The bits do not depend on the number of threads.
     Raises SpecError for shapes and options, SpecTypeError for dtypes; UnsupportedError for what no kernel runs.
     Sums that enter a convolution: Lin et al., "Feature Pyramid Networks for Object Detection", 2017, section 3.
 
