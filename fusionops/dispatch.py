@@ -24,6 +24,8 @@ _LAST_RESORT = 'hint: backend="reference" runs every valid problem, slowly'
 # Choices that are remembered, one for each different problem.
 CACHED_CHOICES = 1024
 
+NEAREST = 5  # other kernels that a report names: those that would need the least to run the problem
+
 
 @dataclass(frozen=True, slots=True)
 class Backend:
@@ -133,7 +135,8 @@ class Explanation:
 
     spec      the problem
     backend, kernel, config   where it would run, by what, and how; an empty result needs no config
-    others    every other kernel of the backend, and why it is not the one
+    formed_flops   of the products that the kernel forms: those of the definition, or of a rewrite
+    others    every other kernel of the backend, and why it is not the one: first those that could, then by reasons
     copies    what binding copied or converted before, and why
     cost      of the fused way and, in it, of the materialised one
     """
@@ -142,23 +145,36 @@ class Explanation:
     backend: str
     kernel: str
     config: Config | None
+    formed_flops: int
     others: tuple[tuple[str, tuple[str, ...]], ...]
     copies: tuple[str, ...]
     cost: FusedCost
 
     def __str__(self) -> str:
         cost, stored = self.cost, self.cost.materialised
+        others = [f"{name}: {'; '.join(reasons)}" for name, reasons in self.others[:NEAREST]]
+        if self.others[NEAREST:]:
+            others.append(f"and {len(self.others) - NEAREST} more, none for fewer reasons")
         lines = [
             str(self.spec),
             f"runs on  {self.backend}: {self.kernel}",
             f"config   {'none, the result is empty' if self.config is None else self.config}",
             *_listed("copies", self.copies or ("none",)),
             f"cost     {cost.params} parameters, {cost.flops / 1e9:.6g} GFLOP",
+            *self._formed(),
             f"moves    {cost.bytes_moved / 2**20:.6g} MiB, materialised {stored.bytes_moved / 2**20:.6g} MiB",
             f"peak     {cost.peak_bytes / 2**20:.6g} MiB extra, materialised {stored.peak_bytes / 2**20:.6g} MiB",
-            *_listed("others", tuple(f"{name}: {'; '.join(reasons)}" for name, reasons in self.others) or ("none",)),
+            *_listed("others", tuple(others) or ("none",)),
         ]
         return "\n".join(lines)
+
+    def _formed(self) -> list[str]:
+        """What the kernel multiplies, where that is not what the definition counts."""
+        counted = self.cost.contraction_flops
+        if self.formed_flops == counted:
+            return []
+        share = self.formed_flops / counted
+        return [f"forms    {self.formed_flops / 1e9:.6g} GFLOP of products, {share:.2f} of the definition's"]
 
 
 def explain(call: Call, requested: str | None) -> Explanation:
@@ -166,12 +182,14 @@ def explain(call: Call, requested: str | None) -> Explanation:
     spec = call.judgement.spec
     name = "cpu" if requested is None else _named(call.op, requested)
     kernel, config = _planned(call.judgement, name)
+    counted = cost(call, name)
+    formed = counted.contraction_flops if kernel.products is None else 2 * kernel.products(spec)
     others = tuple(
         (other.name, other.unsupported(spec) or other.slow(spec) or ("could run it, but stands later in the table",))
-        for other in backend(name).kernels
+        for other in sorted(backend(name).kernels, key=lambda other: len(other.unsupported(spec)))
         if other is not kernel
     )
-    return Explanation(spec, name, kernel.name, config, others, call.copies, cost(call, name))
+    return Explanation(spec, name, kernel.name, config, formed, others, call.copies, counted)
 
 
 def cost(call: Call, requested: str | None) -> FusedCost:
@@ -238,7 +256,9 @@ def _planned(judgement: Judgement, name: str) -> tuple[Kernel, Config | None]:
 
 def _refusal(spec: FusionSpec, refusing: Backend) -> str:
     lines = [f"no {refusing.name} kernel can run {spec}"]
-    lines += [f"  {kernel.name}: {'; '.join(kernel.unsupported(spec))}" for kernel in refusing.kernels]
+    refusals = [(kernel.name, kernel.unsupported(spec)) for kernel in refusing.kernels]
+    refusals.sort(key=lambda refusal: len(refusal[1]))  # those that are nearest to running it come first
+    lines += [f"  {name}: {'; '.join(reasons)}" for name, reasons in refusals]
     return "\n".join([*lines, _LAST_RESORT])
 
 

@@ -14,6 +14,7 @@ import pytest
 import fusionops as fo
 from fusionops import dispatch
 from fusionops.binding import bind_conv, bind_dense
+from fusionops.cpu import amx
 from fusionops.dispatch import Backend, ReferenceConfig
 from fusionops.kernel import Kernel
 from fusionops.spec import FusionSpec, Merge, SourceSpec
@@ -115,8 +116,8 @@ def test_refusals_are_listed_with_every_reason(pretend):
     assert isinstance(caught.value, NotImplementedError)
     assert str(caught.value) == (
         "no cpu kernel can run concat_conv fprop float32 N1 H6 W6 C(4) K5 R3 S3\n"
-        "  cpu.one: K is 5, needs 16; layout is NHWC\n"
         "  cpu.two: it rains\n"
+        "  cpu.one: K is 5, needs 16; layout is NHWC\n"
         'hint: backend="reference" runs every valid problem, slowly'
     )
     assert (out == 7).all()
@@ -214,6 +215,15 @@ def test_narrow_dtypes_stay_narrow_and_sum_wide(dtype, backend):
     assert fo.concat_dense([many], np.full((5000, 3), 1, dtype), backend=backend)[0, 0] == np.asarray(5e3).astype(dtype)
 
 
+def test_tiles_of_bfloat16_run_where_the_processor_has_them():
+    name, without = "cpu.add_conv_fprop_direct_amx_bf16", amx.without_tiles()
+    x, f = X.astype("bfloat16"), F.astype("bfloat16")
+    plan = fo.explain("add_conv", [x], f)
+    assert plan.kernel == name if without is None else dict(plan.others)[name] == (without,)
+    strict = dict(fo.explain("add_conv", [x], f, strict=True).others)[name]
+    assert strict[-1] == "strict=True forbids a sum that takes subnormal factors for 0"
+
+
 def test_precision_is_refused_where_it_does_not_exist():
     with pytest.raises(fo.UnsupportedError, match="precision is tf32"):
         fo.add_conv([X], F, precision="tf32")
@@ -275,9 +285,16 @@ def test_explanation_reads_as_a_report(pretend):
         f"moves    {(365 + 2 * 144 + 80) * 4 / 2**20:.6g} MiB,"
         f" materialised {(365 + 2 * 144 + 80 + 2 * 288) * 4 / 2**20:.6g} MiB\n"
         f"peak     {307 / 2**20:.6g} MiB extra, materialised {(288 * 4 + 307) / 2**20:.6g} MiB\n"
-        "others   cpu.one: K is 5; it rains\n"
-        "         cpu.three: could run it, but stands later in the table"
+        "others   cpu.three: could run it, but stands later in the table\n"
+        "         cpu.one: K is 5; it rains"
     )
+
+
+def test_a_report_names_the_nearest_kernels_alone(pretend):
+    pretend(Fake("cpu.one", 1.0), *(Fake(f"cpu.other{i}", 2.0, ("it rains",) * i) for i in range(7, 0, -1)))
+    report = str(fo.explain("add_conv", [X], F))
+    assert [f"cpu.other{i}:" in report for i in range(1, 8)] == [True] * 5 + [False] * 2
+    assert report.endswith("and 2 more, none for fewer reasons")
 
 
 def test_cost_counts_the_scratch_of_every_thread(pretend):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from fusionops.cpu import commuted, depthwise, direct, gemm, stream, winograd
+from fusionops.cpu import amx, commuted, depthwise, direct, gemm, stream, winograd
 from fusionops.cpu.host import device, facts, reasons_unusable, warmup
 from fusionops.cpu.probe import copy_bandwidth, fma_peak
 from fusionops.cpu.threads import get_num_threads, set_num_threads
 
 KERNELS = (
+    *amx.KERNELS,
     *commuted.KERNELS,
     *gemm.KERNELS,
     *winograd.KERNELS,

@@ -171,7 +171,7 @@ def add_general(bits, stored, params, row, first, count, buffer, spare):
         if step != 1 or factor != 1:
             spread(stored, spare, source, step, factor, first, count)
             run = spare
-        merge_rows(bits, stored, stored, buffer, 0, run, 0, 1, count, kind, weight, weights, j > 1)
+        merge_rows(bits, bits, stored, stored, buffer, 0, run, 0, 1, count, kind, weight, weights, j > 1)
     out = words(params + 8 * (HEAD + depth))
     step = out[3 + depth - 1]
     to = out[0] + (operand_offset(params, 0, row) + first * step) * item

@@ -8,6 +8,7 @@ never stored for the whole map: bands of rows of it are computed, each then adde
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -160,6 +161,12 @@ def _of_channels(filters: Any, layout: Layout, first: int, last: int) -> Any:
     return filters[part]
 
 
+def products(spec: FusionSpec) -> int:
+    """Multiply-adds of each source at its own resolution."""
+    stored = (source.shape for source in spec.sources)
+    return sum(math.prod(shape) for shape in stored) * spec.conv.K
+
+
 def _kernel(dtype: str) -> Kernel:
     def unsupported(spec: FusionSpec) -> tuple[str, ...]:
         reasons = common_reasons(spec, Merge.CONCAT, dtype)
@@ -178,7 +185,7 @@ def _kernel(dtype: str) -> Kernel:
             reasons.append("strict=True forbids a sum that forms other products")
         return tuple(reasons)
 
-    return Kernel(f"cpu.concat_conv_fprop_commuted_{FORMATS[dtype].suffix}", unsupported, plan, run)
+    return Kernel(f"cpu.concat_conv_fprop_commuted_{FORMATS[dtype].suffix}", unsupported, plan, run, products=products)
 
 
 KERNELS = tuple(_kernel(dtype) for dtype, form in FORMATS.items() if not form.is_narrow)

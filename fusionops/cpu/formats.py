@@ -177,6 +177,26 @@ def load_element(typing, stored, address, index):
 
 
 @intrinsic(prefer_literal=True)
+def store_element(typing, stored, address, index, value):
+    """Rounds what is computed to element `index` of those at `address`; stored is literal."""
+    if not literals(stored):
+        return None
+    kind = stored.literal_value
+    number = types.float64 if kind == 64 else types.float32
+
+    def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        _, address, index, value = args
+        if kind not in _WIDEN:
+            b.store(value, Lanes(b, kind).pointer(address, index))
+        else:
+            short = _NARROW[kind](_Words(b, None), value)
+            b.store(short, b.gep(b.inttoptr(address, I16.as_pointer()), [index]))
+        return context.get_dummy_value()
+
+    return types.void(stored, types.intp, types.intp, number), codegen
+
+
+@intrinsic(prefer_literal=True)
 def round_element(typing, stored, value):
     """The nearest element of the format to a float32 or float64; stored is literal."""
     if not literals(stored):

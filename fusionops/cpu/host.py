@@ -12,6 +12,8 @@ import numba
 
 from fusionops.cpu import (
     add_task,
+    amx,
+    amx_task,
     concat_task,
     conv,
     depthwise,
@@ -93,11 +95,12 @@ def warmup(progress: Callable[[int, int, str], None] | None = None) -> None:
         for what, make in {
             "add": add_task.add_task,
             "filter packing": conv.pack_task,
-            "tile load": prologue.tile_loader,
             "epilogue": epilogue.tile_finisher,
             "store": epilogue.tile_scatterer,
         }.items():
             steps.append((f"{what} {name}", functools.partial(make, form.bits, form.stored)))
+        load = functools.partial(prologue.tile_loader, form.bits, form.bits, form.stored)
+        steps.append((f"tile load {name}", load))
         if form.bits == winograd_task.BITS:
             steps.append((f"winograd filter packing {name}", functools.partial(winograd_task.pack_task, form.stored)))
     for bits in (32, 64):
@@ -113,6 +116,11 @@ def warmup(progress: Callable[[int, int, str], None] | None = None) -> None:
             (f"depthwise {name} {mr}x{nv}", functools.partial(depthwise.depthwise_task, bits, mr, nv))
             for mr, nv in tiles
         ]
+    if amx.without_tiles() is None:
+        stored = FORMATS["bfloat16"].stored
+        steps.append(("tiles of bfloat16", amx_task.amx_task))
+        steps.append(("filter packing for tiles", amx_task.pack_task))
+        steps.append(("tile load for tiles", functools.partial(prologue.tile_loader, 32, stored, stored)))
     steps.append(("concat", concat_task.concat_task))
     for done, (what, compile_it) in enumerate(steps):
         if progress:

@@ -74,9 +74,8 @@ def prepare(
     """The fixed words with the machine code they are for; filters None stands for packed ones."""
     words = block(spec, tiling, sources, out, residual)
     stored = FORMATS[spec.dtype].stored
-    words[[at.LOAD_TILE, at.FINISH_TILE, at.SCATTER_TILE]] = [
-        make(tiling.bits, stored) for make in (tile_loader, tile_finisher, tile_scatterer)
-    ]
+    words[at.LOAD_TILE] = tile_loader(tiling.bits, tiling.kept, stored)
+    words[[at.FINISH_TILE, at.SCATTER_TILE]] = tile_finisher(tiling.bits, stored), tile_scatterer(tiling.bits, stored)
     tasks, in_place = algorithm.cut(spec, tiling, words, filters)
     return Prepared(
         words=array("q", words.tobytes()),

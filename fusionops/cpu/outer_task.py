@@ -120,7 +120,7 @@ def outer_task(bits: int) -> int:
                     add_outer_products(bits, 1, rows, a + c * item, step, row, row_bytes, used, sums, width * item)
                     row += row_bytes
             if c0 > 0:
-                merge_rows(bits, bits, bits, total, 0, sums, 0, 1, rows * width, at.WEIGHT_NONE, 1.0, 0, 1)
+                merge_rows(bits, bits, bits, bits, total, 0, sums, 0, 1, rows * width, at.WEIGHT_NONE, 1.0, 0, 1)
         finish_tile(params, total, width, outs, residuals, copy, rows, k0, used, is_turned)
         if is_turned:
             scatter_tile(params, total, outs, rows, k0, used)

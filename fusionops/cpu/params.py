@@ -59,11 +59,15 @@ FILTER_ROW, FILTER_BLOCK, FILTER_GROUP = 67, 68, 69  # elements from one channel
 COPIES_FILTERS = 70  # 1: filters are copied, those of a task a chunk at a time
 AT_SEGMENTS, AT_PANEL = 71, 72
 
+# Tiles of bfloat16
+IS_FLAT = 77  # 1: all rows of an output tile make one line
+ROW_SUMS, BLOCK_SUMS = 78, 79  # pixels from one row of sums to the next, where each is a line; of a block
+
 # Procedures
 LOAD_TILE, FINISH_TILE, SCATTER_TILE = 73, 74, 75
 STORED_BYTES = 76  # of an element of sources, output and residual
 
-SOURCES = 77
+SOURCES = 80
 SOURCE_WORDS = 12  # the last one is free
 S_BASE, S_N, S_H, S_W, S_C = 0, 1, 2, 3, 4
 S_UP_H, S_UP_W = 5, 6

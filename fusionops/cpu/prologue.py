@@ -15,7 +15,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from fusionops.cpu import params as at
-from fusionops.cpu.formats import Stored, literals, load_element, round_element
+from fusionops.cpu.formats import Stored, literals, load_element, round_element, store_element
 from fusionops.cpu.jit import inline, spliced, task
 from fusionops.cpu.simd import VECTOR_BYTES, Lanes, call, doubles, elements, prefetch_read, vector_loop, word, words
 from fusionops.cpu.transpose import BLOCK_WORDS, stack_words, transpose_block
@@ -23,22 +23,22 @@ from fusionops.cpu.transpose import BLOCK_WORDS, stack_words, transpose_block
 
 @intrinsic(prefer_literal=True)
 def merge_rows(
-    typing, bits, rounding, stored, to, to_step, source, step, rows, count, weight, factor, weights, accumulate
+    typing, bits, kept, rounding, stored, to, to_step, source, step, rows, count, weight, factor, weights, accumulate
 ):
     """to[r·to_step + i] (+)= source[r·step + i] · (1 | factor | weights[i]), i < count, r < rows.
 
-    Products and sums are rounded one by one, to the format `rounding`; the source is in the format `stored`. `weight`
-    is one of WEIGHT_…; `accumulate` says whether to add.
+    Products and sums are rounded one by one, to the format `rounding`. The source is in the format `stored`, the result
+    in `kept`. `weight` is one of WEIGHT_…; `accumulate` says whether to add.
     """
-    if not literals(bits, rounding, stored):
+    if not literals(bits, kept, rounding, stored):
         return None
-    signature = types.void(bits, rounding, stored, *[types.intp] * 7, types.float64, types.intp, types.intp)
+    signature = types.void(bits, kept, rounding, stored, *[types.intp] * 7, types.float64, types.intp, types.intp)
 
     def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        to, to_step, source, step, rows, count, weight, factor, weights, accumulate = args[3:]
+        to, to_step, source, step, rows, count, weight, factor, weights, accumulate = args[4:]
         lanes = Lanes(b, bits.literal_value)
-        there, rounded = Stored(lanes, stored.literal_value), Stored(lanes, rounding.literal_value)
-        first_to, first_source, weights = lanes.pointer(to), there.pointer(source), lanes.pointer(weights)
+        here, rounded, there = (Stored(lanes, kind.literal_value) for kind in (kept, rounding, stored))
+        first_to, first_source, weights = here.pointer(to), there.pointer(source), lanes.pointer(weights)
         scalar = b.fptrunc(factor, lanes.scalar) if lanes.bits == 32 else factor
         splat = lanes.splat(scalar)
 
@@ -52,8 +52,8 @@ def merge_rows(
                         each = splat if kind == at.WEIGHT_SCALAR else lanes.load_part(b.gep(weights, [offset]), mask)
                         value = rounded.round(b.fmul(value, each))
                     if resume:
-                        value = rounded.round(b.fadd(lanes.load_part(b.gep(to, [offset]), mask), value))
-                    lanes.store_part(value, b.gep(to, [offset]), mask)
+                        value = rounded.round(b.fadd(here.load(b.gep(to, [offset]), mask), value))
+                    here.store(value, b.gep(to, [offset]), mask)
 
                 vector_loop(b, lanes, count, body)
 
@@ -71,9 +71,9 @@ def merge_rows(
 
 
 @spliced
-def merge_strided(bits, stored, to, source, step, count, weight, factor, weights, accumulate):
+def merge_strided(bits, kept, stored, to, source, step, count, weight, factor, weights, accumulate):
     """merge_rows for one run of channels that are `step` apart, element by element."""
-    d, f = elements(bits, to), elements(bits, weights)
+    f = elements(bits, weights)
     for c in range(count):
         value = load_element(stored, source, c * step)
         if weight == at.WEIGHT_SCALAR:
@@ -81,14 +81,15 @@ def merge_strided(bits, stored, to, source, step, count, weight, factor, weights
         elif weight == at.WEIGHT_VECTOR:
             value = round_element(stored, value * f[c])
         if accumulate:
-            value = round_element(stored, d[c] + value)
-        d[c] = value
+            value = round_element(stored, load_element(kept, to, c) + value)
+        store_element(kept, to, c, value)
 
 
 @spliced
 def merge_transposed(
-    bits, stored, line, depth, row, step_c, stored_w, w_from, w_to, up_w, count, weight, factor, weights, accumulate
-):
+    bits, kept, stored, line, depth, row, step_c, stored_w, w_from, w_to, up_w, count, weight, factor, weights,
+    accumulate,
+):  # fmt: skip
     """merge_rows for columns that lie side by side in memory: blocks of channels × columns, turned in registers.
 
     A block at the end of a row of the map begins earlier than it needs to, so that its loads need no mask.
@@ -112,7 +113,7 @@ def merge_transposed(
                 following, end, step = last, last, lanes
                 if up_w > 1:
                     following, end, step = column + 1, min(w_to, (column + 1) * up_w), 0
-                merge_rows(bits, stored, bits, line + ((w - w_from) * depth + c) * item, depth,
+                merge_rows(bits, kept, stored, bits, line + ((w - w_from) * depth + c) * (kept // 8), depth,
                            block + (column - start) * lanes * item, step, end - w, channels,
                            weight, factor, weights + c * item, accumulate)  # fmt: skip
                 column, w = following, end
@@ -120,19 +121,19 @@ def merge_transposed(
 
 @spliced
 def merge_line(
-    bits, stored, line, depth, row, step_w, step_c, stored_w, w_from, w_to, up_w, count, weight, factor, weights,
+    bits, kept, stored, line, depth, row, step_w, step_c, stored_w, w_from, w_to, up_w, count, weight, factor, weights,
     accumulate,
 ):  # fmt: skip
     """One row of a tile from one source, which starts at `row`, in whatever order it is stored."""
-    item, size = bits // 8, stored // 8
+    item, size = kept // 8, stored // 8
     if step_c != 1 and step_w == 1:
-        merge_transposed(bits, stored, line, depth, row, step_c, stored_w, w_from, w_to, up_w, count,
+        merge_transposed(bits, kept, stored, line, depth, row, step_c, stored_w, w_from, w_to, up_w, count,
                          weight, factor, weights, accumulate)  # fmt: skip
     elif step_c != 1:
         number = round_element(bits, factor)
         for w in range(w_from, w_to):
-            merge_strided(bits, stored, line + (w - w_from) * depth * item, row + w // up_w * step_w * size, step_c,
-                          count, weight, number, weights, accumulate)  # fmt: skip
+            merge_strided(bits, kept, stored, line + (w - w_from) * depth * item, row + w // up_w * step_w * size,
+                          step_c, count, weight, number, weights, accumulate)  # fmt: skip
     else:
         is_one_run = up_w == 1 and count == depth and step_w == depth and weight != at.WEIGHT_VECTOR
         w = w_from
@@ -141,8 +142,8 @@ def merge_line(
             if up_w > 1:
                 end, step = min(w_to, (column + 1) * up_w), 0
             rows, run = (1, (end - w) * depth) if is_one_run else (end - w, count)
-            merge_rows(bits, stored, stored, line + (w - w_from) * depth * item, depth, row + column * step_w * size,
-                       step, rows, run, weight, factor, weights, accumulate)  # fmt: skip
+            merge_rows(bits, kept, stored, stored, line + (w - w_from) * depth * item, depth,
+                       row + column * step_w * size, step, rows, run, weight, factor, weights, accumulate)  # fmt: skip
             w = end
 
 
@@ -156,9 +157,9 @@ def load_tile(params, to, pitch, n, h0, rows, w0, cols, c0, depth):
 
 
 @functools.cache
-def tile_loader(bits: int, stored: int) -> int:
-    """Address of the code of `load_tile`."""
-    item, size = bits // 8, stored // 8
+def tile_loader(bits: int, kept: int, stored: int) -> int:
+    """Address of the code of `load_tile`: what is stored in one format is kept in another."""
+    item, size = kept // 8, stored // 8
 
     def load(params, to, pitch, n, h0, rows, w0, cols, c0, depth):
         p = words(params)
@@ -179,7 +180,7 @@ def tile_loader(bits: int, stored: int) -> int:
             if weight == at.WEIGHT_SCALAR:
                 factor = doubles(here)[at.S_FACTOR]
             elif weight == at.WEIGHT_VECTOR:
-                weights = s[at.S_FACTOR] + (c_from - first) * item
+                weights = s[at.S_FACTOR] + (c_from - first) * (bits // 8)
             base = s[at.S_BASE] + (n * s[at.S_N] + (c_from - first) * s[at.S_C]) * size
             up_h, up_w, step_w = s[at.S_UP_H], s[at.S_UP_W], s[at.S_W]
             for h in range(h_from, h_to):
@@ -187,7 +188,7 @@ def tile_loader(bits: int, stored: int) -> int:
                     ahead = base + ((h + up_h) // up_h * s[at.S_H] + w_from // up_w * step_w) * size
                     prefetch_read(ahead, (w_to - w_from) // up_w * count * size)
                 line = to + ((h - h_from) * pitch * depth + c_from - c0) * item
-                merge_line(bits, stored, line, depth, base + (h // up_h) * s[at.S_H] * size, step_w, s[at.S_C],
+                merge_line(bits, kept, stored, line, depth, base + (h // up_h) * s[at.S_H] * size, step_w, s[at.S_C],
                            p[at.W] // up_w, w_from, w_to, up_w, count,
                            weight, factor, weights, is_add and j > 0)  # fmt: skip
 

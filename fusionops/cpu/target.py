@@ -15,6 +15,7 @@ class Target:
     """machine as the operating system names it; bytes of a vector register, and how many.
 
     fma, converts_half   whether it has instructions for x·y + z, and from float16 to float32 and back
+    tiles                whether it multiplies tiles of bfloat16 (Intel's AMX)
     """
 
     machine: str
@@ -22,6 +23,7 @@ class Target:
     vector_registers: int
     fma: bool
     converts_half: bool
+    tiles: bool
 
     @property
     def is_x86(self) -> bool:
@@ -42,11 +44,12 @@ def target() -> Target:
     features = _features()
     machine = platform.machine().lower()
     if machine not in ("x86_64", "amd64"):
-        return Target(machine, 16, 32, fma=True, converts_half=True)  # NEON and its like
+        return Target(machine, 16, 32, fma=True, converts_half=True, tiles=False)  # NEON and its like
     if {"avx512f", "avx512vl"} <= features:
         vector_bytes, registers = 64, 32
     elif "avx2" in features:
         vector_bytes, registers = 32, 16
     else:
         vector_bytes, registers = 16, 16
-    return Target(machine, vector_bytes, registers, "fma" in features, bool({"f16c", "avx512f"} & features))
+    converts_half, tiles = bool({"f16c", "avx512f"} & features), {"amx-tile", "amx-bf16"} <= features
+    return Target(machine, vector_bytes, registers, "fma" in features, converts_half, tiles)

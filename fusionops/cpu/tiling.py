@@ -78,6 +78,11 @@ class Tiling:
         return self.bits // 8
 
     @property
+    def kept(self) -> int:
+        """The format of a loaded tile."""
+        return self.bits
+
+    @property
     def width(self) -> int:
         """Elements of a micropanel row."""
         return self.nv * VECTOR_BYTES // self.item_bytes

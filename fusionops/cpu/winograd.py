@@ -185,6 +185,11 @@ def slow(spec: FusionSpec) -> tuple[str, ...]:
     return ()
 
 
+def products(spec: FusionSpec) -> int:
+    """Multiply-adds of the transformed patches, whole tiles at the edges."""
+    return spec.N * -(-spec.P // OUTPUTS) * -(-spec.Q // OUTPUTS) * POINTS * spec.C * spec.conv.K
+
+
 def _kernel(merge: Merge, dtype: str) -> Kernel:
     def unsupported(spec: FusionSpec) -> tuple[str, ...]:
         reasons = common_reasons(spec, merge, dtype)
@@ -205,7 +210,7 @@ def _kernel(merge: Merge, dtype: str) -> Kernel:
         return tuple(reasons)
 
     name = f"cpu.{merge}_conv_fprop_winograd_{FORMATS[dtype].suffix}"
-    return Kernel(name, unsupported, plan, partial(launch.run, WINOGRAD), slow)
+    return Kernel(name, unsupported, plan, partial(launch.run, WINOGRAD), slow, products)
 
 
 KERNELS = tuple(_kernel(merge, dtype) for merge in Merge for dtype, form in FORMATS.items() if form.bits == BITS)

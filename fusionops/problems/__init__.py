@@ -5,8 +5,7 @@ Holds specs and the names of the kernels that must take them; no arrays, no expe
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
+from fusionops.problems.narrow import narrow
 from fusionops.problems.rewritten import REWRITTEN
 from fusionops.problems.rows import (
     ADD,
@@ -25,7 +24,7 @@ from fusionops.problems.rows import (
     in_nchw,
     join,
 )
-from fusionops.spec import ACTIVATIONS, Activation, Merge
+from fusionops.spec import ACTIVATIONS, Activation
 
 __all__ = [
     "CONVS",
@@ -223,36 +222,6 @@ CONVS = (
     ),
 )
 
-# Of every way in which elements are loaded, merged, packed and stored, one problem or two.
-NARROW_NAMES = (
-    *(f"add_{name}" for name in ("lanes_plus_one", "chunk_plus_one", "five_sources", "scalar_weight", "vector_weight")),
-    *(f"add_{name}" for name in ("upsampled", "upsampled_unevenly", "upsampled_and_weighted", "relu", "gelu")),
-    *("concat_unequal_sources", "concat_upsampled", "concat_wide_rows"),
-    *("add_dense_one_row", "concat_dense_tile_plus_one", "add_dense_many_rows", "concat_dense_long_reduction"),
-    *("add_dense_weighted", "add_dense_residual", "concat_dense_residual", "concat_dense_many_filters"),
-    *(f"{merge}_conv_{name}" for merge in Merge for name in ("odd_channels", "tile_plus_one", "many_tiles", "batch")),
-    *(f"{merge}_conv_{name}" for merge in Merge for name in ("stride_two_same", "two_groups", "pointwise", "residual")),
-    *(f"{merge}_conv_{name}" for merge in Merge for name in ("depthwise", "upsampled", "residual_upsampled")),
-    *(f"{merge}_conv_{name}" for merge in Merge for name in ("pointwise_tile_plus_one", "residual_weighted")),
-    *("add_conv_five_sources", "add_conv_weighted", "add_conv_weighted_upsampled", "add_conv_return_sum"),
-    *("add_conv_depthwise_strided", "concat_conv_depthwise_many_channels"),
-    *("add_conv_silu", "concat_conv_leaky_relu", "add_conv_pointwise_return_sum", "concat_conv_pointwise_upsampled"),
-    *(f"{merge}_conv_winograd_{name}" for merge in Merge for name in ("tile_plus_one", "whole_blocks", "residual")),
-    *("add_conv_winograd_weighted", "concat_conv_winograd_upsampled", "add_conv_winograd_return_sum"),
-)
-
-
-def _narrow() -> Iterator[Problem]:
-    """Problems in float16 and bfloat16, convolutions in both layouts."""
-    plain = {problem.name: problem for problem in (*JOINS, *DENSES, *CONVS, *REWRITTEN)}
-    for name in NARROW_NAMES:
-        for dtype in ("float16", "bfloat16"):
-            problem = in_dtype(plain[name], dtype)
-            yield problem
-            if "_conv_" in name:
-                yield in_nchw(problem)
-
-
 PROBLEMS = (
     *JOINS,
     *(in_float64(problem) for problem in JOINS if "cpu.add_fprop_stream_f32" in problem.kernels),
@@ -263,6 +232,6 @@ PROBLEMS = (
     *map(in_float64, CONVS),
     *REWRITTEN,
     *map(in_nchw, REWRITTEN),
-    *_narrow(),
+    *narrow((*JOINS, *DENSES, *CONVS, *REWRITTEN)),
     *(in_float64(problem) for problem in REWRITTEN if "cpu.concat_conv_fprop_commuted_f32" in problem.kernels),
 )

@@ -171,5 +171,13 @@ def in_dtype(problem: Problem, dtype: str) -> Problem:
     return replace(problem, name=f"{problem.name}_{suffix}", spec=spec, kernels=kernels)
 
 
+def tiled(problem: Problem) -> Problem:
+    """The same contraction without strict=True, pinned to the kernel that multiplies tiles of bfloat16 as well."""
+    algorithm = "gemm" if isinstance(problem.spec.contraction, Dense) else "direct"
+    kind = "dense" if algorithm == "gemm" else "conv"
+    kernels = (f"cpu.{problem.spec.merge}_{kind}_fprop_{algorithm}_amx_bf16", *problem.kernels)
+    return replace(problem, name=f"{problem.name}_tiled", spec=replace(problem.spec, strict=False), kernels=kernels)
+
+
 def in_float64(problem: Problem) -> Problem:
     return in_dtype(problem, "float64")

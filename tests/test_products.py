@@ -1,0 +1,42 @@
+"""What kernels say of the products they form, against counts made by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import fusionops as fo
+from fusionops import cpu
+from fusionops.problems import PROBLEMS
+
+
+def full(*shape, dtype=np.float32):
+    return np.full(shape, 1, dtype)
+
+
+def test_winograd_forms_a_quarter_of_whole_tiles():
+    x, f = full(1, 32, 32, 32), full(3, 3, 32, 8)
+    plan = fo.explain("add_conv", [x], f, padding="same")
+    assert plan.kernel == "cpu.add_conv_fprop_winograd_f32"
+    assert plan.formed_flops * 4 == plan.cost.contraction_flops
+    assert "forms    0.00117965 GFLOP of products, 0.25 of the definition's" in str(plan)
+    strict = fo.explain("add_conv", [x], f, padding="same", strict=True)
+    assert strict.formed_flops == strict.cost.contraction_flops
+    assert "forms  " not in str(strict)
+    odd = fo.explain("add_conv", [full(2, 33, 31, 32)], f, padding="same")
+    assert odd.formed_flops == 2 * 36 * (2 * 9 * 8) * 32 * 8
+
+
+def test_a_commuted_convolution_counts_sources_at_their_own_resolution():
+    low, high, dot = full(1, 16, 16, 24), full(1, 32, 32, 8), full(1, 1, 32, 8)
+    plan = fo.explain("concat_conv", [fo.Source(low, upsample=2), high], dot)
+    assert plan.formed_flops == 2 * 8 * (16 * 16 * 24 + 32 * 32 * 8)
+
+
+@pytest.mark.parametrize("kernel", [kernel for kernel in cpu.KERNELS if "amx" in kernel.name], ids=lambda k: k.name)
+def test_tiles_count_what_they_are_filled_up_with(kernel):
+    specs = [problem.spec for problem in PROBLEMS if kernel.name in problem.kernels]
+    for spec in specs:
+        M, N, K = spec.gemm
+        assert kernel.products(spec) >= M * N * K
+        assert kernel.products(spec) % (16 * 32) == 0
