@@ -34,6 +34,8 @@ WIDTHS = (32, 64)
 # Channels summed at a time: all of most layers. Then pixels are 1 KiB apart, which four ways of a cache still hold.
 DEPTH = 512
 TASK_FILTERS = 256
+# Geometric means over nine problems, 11 interleaved rounds: 128, 512 and 1024 pixels took 0.97, 0.94 and 0.95 of the
+# time, depths of 256 and 1024 0.97 and 0.95, 128 and 512 filters both 0.98. Single problems repeat within 0.2.
 
 
 @dataclass(frozen=True, kw_only=True)

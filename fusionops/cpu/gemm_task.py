@@ -14,7 +14,7 @@ import functools
 from fusionops.cpu import activation
 from fusionops.cpu import params as at
 from fusionops.cpu.conv import locate_task
-from fusionops.cpu.epilogue import NOWHERE, finish_tile, scatter_tile
+from fusionops.cpu.epilogue import NOWHERE, ask_for_channels, finish_tile, scatter_tile
 from fusionops.cpu.formats import store_rows
 from fusionops.cpu.jit import inline, task
 from fusionops.cpu.microkernel import SEGMENT_WORDS, gemm_segments
@@ -155,6 +155,8 @@ def gemm_task(bits: int, mr: int, nv: int) -> int:
                 kept = (kept_blocks * (block - block0) * count + kept_tiles * g) * tile_bytes
                 sums = scratch + p[at.AT_SUMS] + kept
                 in_registers = is_last and is_plain and overlaps and used == width
+                if is_last and is_turned and p[at.OUT_Q] == 1:
+                    ask_for_channels(params, to, min(mr, rows), k0, used)
                 gemm_segments(
                     bits, mr, nv, segments, segment_count, row, panel, pitch, sums, c0, following, step, in_registers,
                     p[at.BIAS] + k0 * item if p[at.BIAS] != 0 else 0,

@@ -97,6 +97,7 @@ def merge_transposed(
     item, size = bits // 8, stored // 8
     lanes = VECTOR_BYTES // item
     block = stack_words(BLOCK_WORDS)
+    is_plain = kept == bits and up_w == 1 and weight == at.WEIGHT_NONE and not accumulate
     span = ((w_to - 1) // up_w + 1 - w_from // up_w) * size
     for c in range(0, count, lanes):
         channels = min(lanes, count - c)
@@ -107,8 +108,15 @@ def merge_transposed(
             column = w // up_w
             start = max(0, min(column, stored_w - lanes))
             last = min((w_to - 1) // up_w + 1, start + lanes)
-            transpose_block(bits, stored, block, row + (start + c * step_c) * size, step_c, channels,
+            is_finished = is_plain and channels == lanes and start == w and w + lanes <= w_to
+            to, to_step = block, lanes
+            if is_finished:
+                to, to_step = line + ((w - w_from) * depth + c) * item, depth
+            transpose_block(bits, stored, to, to_step, row + (start + c * step_c) * size, step_c, channels,
                             min(lanes, stored_w - start))  # fmt: skip
+            if is_finished:
+                w += lanes
+                continue
             while column < last:  # all columns at once, or one that is repeated
                 following, end, step = last, last, lanes
                 if up_w > 1:
@@ -187,6 +195,10 @@ def tile_loader(bits: int, kept: int, stored: int) -> int:
                 if step_w == count and h + up_h < h_to:  # the next row, whose start no hardware prefetcher guesses
                     ahead = base + ((h + up_h) // up_h * s[at.S_H] + w_from // up_w * step_w) * size
                     prefetch_read(ahead, (w_to - w_from) // up_w * count * size)
+                elif step_w == 1 and s[at.S_C] != 1 and h + up_h < h_to:
+                    ahead = base + ((h + up_h) // up_h * s[at.S_H] + w_from // up_w) * size
+                    for channel in range(min(VECTOR_BYTES // (bits // 8), count)):
+                        prefetch_read(ahead + channel * s[at.S_C] * size, ((w_to - w_from) // up_w + 1) * size)
                 line = to + ((h - h_from) * pitch * depth + c_from - c0) * item
                 merge_line(bits, kept, stored, line, depth, base + (h // up_h) * s[at.S_H] * size, step_w, s[at.S_C],
                            p[at.W] // up_w, w_from, w_to, up_w, count,

@@ -33,17 +33,17 @@ def _transposed(lanes: Lanes, rows: list[ir.Value]) -> list[ir.Value]:
 
 
 @intrinsic(prefer_literal=True)
-def transpose_block(typing, bits, stored, to, source, step, rows, count):
-    """to[c·lanes + r] = source[r·step + c] for 1 ≤ rows and c < count, neither more than the lanes of a vector.
+def transpose_block(typing, bits, stored, to, to_step, source, step, rows, count):
+    """to[c·to_step + r] = source[r·step + c] for 1 ≤ rows and c < count, neither more than the lanes of a vector.
 
     `to` has room for a whole block; what lies beyond rows and count is arbitrary. The source is in the format `stored`.
     """
     if not literals(bits, stored):
         return None
-    signature = types.void(bits, stored, *[types.intp] * 5)
+    signature = types.void(bits, stored, *[types.intp] * 6)
 
     def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        to, source, step, rows, count = args[2:]
+        to, to_step, source, step, rows, count = args[2:]
         lanes = Lanes(b, bits.literal_value)
         there = Stored(lanes, stored.literal_value)
         to, source = lanes.pointer(to), there.pointer(source)
@@ -55,7 +55,7 @@ def transpose_block(typing, bits, stored, to, source, step, rows, count):
 
         def finish(loaded: list[ir.Value]) -> None:
             for c, row in enumerate(_transposed(lanes, loaded)):
-                lanes.store(row, b.gep(to, [word(c * lanes.count)]))
+                lanes.store(row, b.gep(to, [b.mul(to_step, word(c))]))
 
         with b.if_else(b.icmp_signed("==", count, word(lanes.count))) as (whole, part):
             with whole:
