@@ -248,7 +248,7 @@ CHOSEN = [
     ("strict", lambda: fo.explain(fo.add_conv, [WIDE], WIDE_F, strict=True), "cpu.add_conv_fprop_direct_f32"),
     ("strided", lambda: fo.explain(fo.add_conv, [WIDE], WIDE_F, stride=2), "cpu.add_conv_fprop_direct_f32"),
     ("dilated", lambda: fo.explain(fo.add_conv, [WIDE], WIDE_F, dilation=2), "cpu.add_conv_fprop_direct_f32"),
-    ("few_tiles", lambda: fo.explain(fo.add_conv, [WIDE[:, 4:]] * 9, WIDE_F), "cpu.add_conv_fprop_direct_f32"),
+    ("few_tiles", lambda: fo.explain(fo.add_conv, [WIDE[:, 16:]] * 9, WIDE_F), "cpu.add_conv_fprop_direct_f32"),
     ("few_taps", lambda: fo.explain(fo.add_conv, [DOT], WIDE_F, padding=1), "cpu.add_conv_fprop_direct_f32"),
     ("pointwise", lambda: fo.explain(fo.add_conv, [X, X], ONE), "cpu.add_conv_fprop_gemm_f32"),
     ("pointwise_same", lambda: fo.explain(fo.concat_conv, [X], ONE, padding="same"), "cpu.concat_conv_fprop_gemm_f32"),

@@ -45,10 +45,13 @@ DEPTH = 64
 # channels 2.3 and 2.7 times, with 8 channels 3.0 and 3.4 times. Where most taps fall into the padding, 3 to 6 times.
 FEWEST_CHANNELS = 32
 FEWEST_TAPS = 0.5
-# Images of fewer tiles of outputs are convolved tap by tap. With prepacked filters, 256 or 512 of as many channels,
-# Winograd took 0.9 to 1.15 times as long with 16 tiles, 0.7 and 0.8 with 25, 0.5 and 0.6 with 36; with filters to
-# transform at each call 1.5 and 3.2 times with 16, 1.2 and 2.3 with 25, 1.0 and 1.7 with 36.
-FEWEST_TILES = 25
+# Images of fewer tiles of outputs are convolved tap by tap: than ENOUGH_TILES where channels times filters exceed
+# SMALL_FILTERS, else than FEWEST_TILES. Of the time tap by tap, with prepacked filters, Winograd took 1.2 to 1.5 with 4
+# tiles (0.47 for 8 images), 0.5 to 1.0 with 9, 0.65 to 0.87 with 16 and 1.07 there with 512 channels and filters (0.53
+# for 4 or 8 images of 256), 0.65 with 25. With filters to transform at each call 0.9 to 2.0 with 9 and 16, 3.1 there
+# with 512 of each, 1.0 with 25.
+FEWEST_TILES, ENOUGH_TILES = 9, 25
+SMALL_FILTERS = 1 << 17
 # Filters of a task: with 128 the same problems took 0.98 to 1.07 times as long: each part loads the patches again.
 TASK_FILTERS = 256
 # A task multiplies at most so many register tiles of patches with the filters it reads: few, where all transformed
@@ -180,8 +183,9 @@ def _share_of_taps(spec: FusionSpec) -> float:
 def slow(spec: FusionSpec) -> tuple[str, ...]:
     """Why the taps one by one would be faster."""
     tiles = -(-spec.P // OUTPUTS) * -(-spec.Q // OUTPUTS)  # of one image: the choice does not depend on the batch
-    if tiles < FEWEST_TILES:
-        return (f"an image has {tiles} tiles of 4x4 outputs, {FEWEST_TILES} are worth transforming the filters",)
+    enough = FEWEST_TILES if spec.C * spec.conv.K <= SMALL_FILTERS else ENOUGH_TILES
+    if tiles < enough:
+        return (f"an image has {tiles} tiles of 4x4 outputs, {enough} are worth transforming the filters",)
     return ()
 
 
