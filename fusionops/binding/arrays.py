@@ -22,8 +22,8 @@ DType = np.dtype[Any]
 
 _ndarray = np.ndarray  # is_plain runs for every array of every call, and a global is found faster than an attribute
 
-# bfloat16 belongs to ml_dtypes and is recognised by its name, on the slower path.
-_NATIVE = frozenset(np.dtype(name) for name in ITEM_BYTES if name != "bfloat16")
+# bfloat16 belongs to ml_dtypes: it is recognised by its name when it is first seen, and stands here from then on.
+_NATIVE = {np.dtype(name) for name in ITEM_BYTES if name != "bfloat16"}
 
 # Where another library's array comes from, and how its user gets a NumPy array from it.
 _FOREIGN = (
@@ -70,6 +70,8 @@ class Intake:
             raise SpecTypeError(complaint(self.op, f"{name} cannot be made an array: {error}")) from error
         if array.dtype.name not in ITEM_BYTES:
             self._reject_dtype(name, value, array.dtype)
+        if array.dtype.isnative:
+            _NATIVE.add(array.dtype)
         if not isinstance(value, (np.ndarray, np.generic)):
             self.copies += (f"{name}: a {type(value).__name__}, converted to an array",)
         self.unsettled = self.unsettled or not is_settled(array)

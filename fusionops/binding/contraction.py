@@ -8,7 +8,15 @@ import numpy as np
 
 from fusionops.binding.arrays import DType, Intake, Shape, is_floating, is_plain, native
 from fusionops.binding.messages import Labelled, complaint
-from fusionops.binding.sources import PLAIN, Key, plain_keys, read_source, read_sources, settle_parameters, source_spec
+from fusionops.binding.sources import (
+    PLAIN,
+    Key,
+    plain_sources,
+    read_source,
+    read_sources,
+    settle_parameters,
+    source_spec,
+)
 from fusionops.binding.weights import rounded_weight
 from fusionops.errors import SpecError, SpecTypeError
 from fusionops.kernel import Filters, Operands
@@ -27,9 +35,9 @@ def read_operands(
 ) -> tuple[Operands, Keys, Intake | None]:
     """Every array as given, their keys, and what has yet to be settled: None where kernels take all as they are."""
     if weights is None and normalize is None:
-        keys = _plain_keys(sources, filters, bias, residual)
-        if keys is not None:
-            return Operands(tuple(sources), (), (), (), filters, bias, residual), keys, None
+        plain = _plain_operands(sources, filters, bias, residual)
+        if plain is not None:
+            return *plain, None
     intake = Intake(op)
     arrays, source_keys, parameters = read_sources(intake, sources, weights, normalize)
     bias_key = residual_key = None
@@ -50,11 +58,12 @@ def read_operands(
     return operands, (source_keys, filters_key, bias_key, residual_key), intake
 
 
-def _plain_keys(sources: Any, filters: Any, bias: Any, residual: Any) -> Keys | None:
-    """The keys of arrays that kernels take as they are; None if one of them is not such an array."""
-    source_keys = plain_keys(sources)
-    if source_keys is None:
+def _plain_operands(sources: Any, filters: Any, bias: Any, residual: Any) -> tuple[Operands, Keys] | None:
+    """The operands and their keys, if kernels take all arrays as they are."""
+    plain = plain_sources(sources)
+    if plain is None:
         return None
+    arrays, source_keys = plain
     bias_key = residual_key = None
     if is_plain(filters):
         filters_key: FiltersKey = filters.shape, filters.dtype, None
@@ -67,10 +76,11 @@ def _plain_keys(sources: Any, filters: Any, bias: Any, residual: Any) -> Keys | 
             return None
         bias_key = bias.shape, bias.dtype
     if residual is not None:
-        if not is_plain(residual):
+        plain = plain_sources((residual,))
+        if plain is None:
             return None
-        residual_key = residual.shape, residual.dtype, None
-    return source_keys, filters_key, bias_key, residual_key
+        (residual,), (residual_key,) = plain
+    return Operands(arrays, (), (), (), filters, bias, residual), (source_keys, filters_key, bias_key, residual_key)
 
 
 def settle(intake: Intake, role: str, operands: Operands, dtype: DType) -> tuple[str, ...]:

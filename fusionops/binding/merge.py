@@ -12,7 +12,7 @@ from fusionops.binding import options
 from fusionops.binding.arrays import Array, Intake, Shape, is_floating, native
 from fusionops.binding.call import CACHED_JUDGEMENTS, Call, Judgement, bound, judge_out, judge_size
 from fusionops.binding.messages import Labelled, complaint, spelled
-from fusionops.binding.sources import Key, plain_keys, read_sources, settle_parameters, source_spec
+from fusionops.binding.sources import Key, plain_sources, read_sources, settle_parameters, source_spec
 from fusionops.errors import SpecAxisError, SpecError, SpecTypeError
 from fusionops.kernel import Operands
 from fusionops.spec import Activation, FusionSpec, Merge
@@ -32,9 +32,10 @@ def bind_merge(
 ) -> Call:
     """Bind `add`, which has the options from `weights` on, or `concat`, which has `axis`."""
     intake = None
-    keys = plain_keys(sources) if weights is None and normalize is None else None
-    if keys is not None:
-        operands = Operands(tuple(sources))
+    plain = plain_sources(sources) if weights is None and normalize is None else None
+    if plain is not None:
+        arrays, keys = plain
+        operands = Operands(arrays)
     else:
         intake = Intake(op)
         operands, keys = _read_operands(intake, sources, weights, normalize)

@@ -92,13 +92,13 @@ def add_run(typing, bits, stored, to, table, sources, count, nontemporal):
 
 
 @inline
-def operand_offset(params, operand, row):
-    """Elements from an operand's base to the start of row `row`: all axes but the last, each repeated by its factor."""
+def operand_offset(params, operand, axes, row):
+    """Elements from an operand's base to the start of row `row` of the first axes, each repeated by its factor."""
     p = words(params)
     depth = p[DEPTH]
     here = words(params + 8 * (HEAD + depth + operand * (3 + 2 * depth) + 3))
     offset = 0
-    for d in range(depth - 2, -1, -1):
+    for d in range(axes - 1, -1, -1):
         extent = p[HEAD + d]
         position = row % extent
         row //= extent
@@ -166,7 +166,7 @@ def add_general(bits, stored, params, row, first, count, buffer, spare):
             else:
                 kind = at.WEIGHT_SCALAR
                 weight = float(elements(bits, o[2])[weight_position(params, row)])
-        source = o[0] + operand_offset(params, j, row) * item
+        source = o[0] + operand_offset(params, j, depth - 1, row) * item
         run = source + first * item
         if step != 1 or factor != 1:
             spread(stored, spare, source, step, factor, first, count)
@@ -174,7 +174,7 @@ def add_general(bits, stored, params, row, first, count, buffer, spare):
         merge_rows(bits, bits, stored, stored, buffer, 0, run, 0, 1, count, kind, weight, weights, j > 1)
     out = words(params + 8 * (HEAD + depth))
     step = out[3 + depth - 1]
-    to = out[0] + (operand_offset(params, 0, row) + first * step) * item
+    to = out[0] + (operand_offset(params, 0, depth - 1, row) + first * step) * item
     if step == 1 and stored == bits:
         finish_rows(bits, 1, to, 0, buffer, 0, count, 0, 0, 0, p[ACTIVATION], doubles(params)[SLOPE])
     else:
@@ -189,30 +189,56 @@ def add_general(bits, stored, params, row, first, count, buffer, spare):
 
 
 MOST_IN_TABLE = 64  # sources whose addresses fit the task's table; more go through the buffer
+TABLE = MOST_IN_TABLE + 1  # with the output, which comes first
+
+
+@inline
+def add_plain(bits, stored, params, row0, row1, start, end):
+    """Elements start to end of some rows of an add that only adds: row by row along the last axis but one.
+
+    Where the other axes are is worked out once for a line of rows. It took longer than adding a row of 128.
+    """
+    p = words(params)
+    depth, sources, item = p[DEPTH], p[SOURCES], stored // 8
+    size, lines = 3 + 2 * depth, max(0, depth - 2)
+    extent = p[HEAD + depth - 2] if depth > 1 else 1
+    bases, table = words(stack_words(TABLE)), stack_words(TABLE)
+    addresses = words(table)
+    row = row0
+    while row < row1:
+        line, first = row // extent, row % extent
+        count = min(row1 - row, extent - first)
+        for j in range(sources + 1):
+            bases[j] = p[HEAD + depth + j * size] + (operand_offset(params, j, lines, line) + start) * item
+        for position in range(first, first + count):
+            for j in range(sources + 1):
+                address = bases[j]
+                if depth > 1:
+                    o = words(params + 8 * (HEAD + depth + j * size + 3 + depth - 2))
+                    step, factor = o[0] * item, o[depth]
+                    address += (position if factor == 1 else position // factor) * step
+                addresses[j] = address
+            add_run(bits, stored, addresses[0], table + 8, sources, end - start, p[NONTEMPORAL])
+        row += count
 
 
 @functools.cache
 def add_task(bits: int, stored: int) -> int:
     """Address of the task of an add."""
-    item = stored // 8
 
     def add(params, index, slot):
         p = words(params)
         depth, sources = p[DEPTH], p[SOURCES]
-        size = 3 + 2 * depth
         inner = p[HEAD + depth - 1]
         piece = index % p[PIECES]
         row0 = index // p[PIECES] * p[TASK_ROWS]
+        row1 = min(p[ROWS], row0 + p[TASK_ROWS])
         start, end = piece * p[PIECE], min(inner, (piece + 1) * p[PIECE])
-        table, buffer, spare = stack_words(MOST_IN_TABLE), stack_words(BLOCK), stack_words(BLOCK)
-        for row in range(row0, min(p[ROWS], row0 + p[TASK_ROWS])):
-            if p[PLAIN] and sources <= MOST_IN_TABLE:
-                for j in range(1, sources + 1):
-                    base = p[HEAD + depth + j * size]
-                    words(table)[j - 1] = base + (operand_offset(params, j, row) + start) * item
-                to = p[HEAD + depth] + (operand_offset(params, 0, row) + start) * item
-                add_run(bits, stored, to, table, sources, end - start, p[NONTEMPORAL])
-            else:
+        if p[PLAIN] and sources <= MOST_IN_TABLE:
+            add_plain(bits, stored, params, row0, row1, start, end)
+        else:
+            buffer, spare = stack_words(BLOCK), stack_words(BLOCK)
+            for row in range(row0, row1):
                 for first in range(start, end, BLOCK):
                     add_general(bits, stored, params, row, first, min(BLOCK, end - first), buffer, spare)
 

@@ -43,16 +43,21 @@ STREAM_BYTES = 1 << 22
 # Of the output that a task owns: some 20 µs. Half as much costs a concat 3 % more: each task ends in a partial line.
 SPAN_BYTES = 1 << 18
 SPAN_FLOPS = 3.0e6  # which take as long
+SHARES = 2  # at least, of an output smaller than that: a second core that has to be woken still saves a third of 33 µs
 
 Strides = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class StreamConfig:
-    """span   elements of the output a task owns; nontemporal   whether stores go around the caches"""
+    """span   elements of the output a task owns; nontemporal   whether stores go around the caches
+
+    flops   that take as long as a task
+    """
 
     span: int
     nontemporal: bool
+    flops: float
 
     @property
     def scratch_bytes(self) -> int:
@@ -68,7 +73,12 @@ class StreamConfig:
 
 def plan(spec: FusionSpec, device: CpuDevice) -> StreamConfig:
     item = ITEM_BYTES[spec.dtype]
-    return StreamConfig(SPAN_BYTES // item, math.prod(spec.out_shape) * item >= STREAM_BYTES)
+    return _config(math.prod(spec.out_shape), item, math.prod(spec.out_shape) * item >= STREAM_BYTES)
+
+
+def _config(elements: int, item: int, nontemporal: bool) -> StreamConfig:
+    span = max(1, min(SPAN_BYTES // item, -(-elements // SHARES)))
+    return StreamConfig(span, nontemporal, SPAN_FLOPS * span * item / SPAN_BYTES)
 
 
 # add
@@ -176,7 +186,7 @@ def run_add(spec: FusionSpec, config: StreamConfig, operands: Operands, out: np.
     for j, weight in enumerate(operands.weights, 1):
         words[start + j * size + 2] = weight_word(weight)
     task = add_task(form.bits, form.stored)
-    threads.parallel_for(task, words.buffer_info()[0], tasks, threads.get_num_threads(), SPAN_FLOPS)
+    threads.parallel_for(task, words.buffer_info()[0], tasks, threads.get_num_threads(), config.flops)
 
 
 def run_add_any(spec: FusionSpec, config: StreamConfig, operands: Operands, out: np.ndarray[Any, Any]) -> None:
@@ -197,7 +207,7 @@ def store_merged(spec: FusionSpec, operands: Operands) -> tuple[FusionSpec, Oper
     assert merged is not None
     alone = dataclasses.replace(spec, contraction=None, bias=False, residual=None, activation=None, return_sum=False)
     item = ITEM_BYTES[spec.dtype]
-    config = StreamConfig(SPAN_BYTES // item, nontemporal=False)  # the contraction reads it right away
+    config = _config(math.prod(spec.merged_shape), item, nontemporal=False)  # the contraction reads it right away
     run_add(alone, config, Operands(operands.sources, operands.weights), merged)
     rest = dataclasses.replace(spec, sources=(SourceSpec(spec.merged_shape, spec.dtype),), return_sum=False)
     return rest, dataclasses.replace(operands, sources=(merged,), weights=(), merged=None)
@@ -263,7 +273,7 @@ def run_concat(spec: FusionSpec, config: StreamConfig, operands: Operands, out: 
     for place, j in enumerate(plan.copied):
         words[CONCAT_HEAD + place * CONCAT_WORDS] = address(operands.sources[j])
     if plan.tasks:
-        threads.parallel_for(concat_task(), words.buffer_info()[0], plan.tasks, threads.get_num_threads(), SPAN_FLOPS)
+        threads.parallel_for(concat_task(), words.buffer_info()[0], plan.tasks, threads.get_num_threads(), config.flops)
     for j, where in plan.others:
         source, stated = operands.sources[j], spec.sources[j]
         if stated.is_plain:
