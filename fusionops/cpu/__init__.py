@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fusionops.cpu import amx, commuted, depthwise, direct, gemm, stream, winograd
+from fusionops.cpu import amx, commuted, depthwise, direct, gemm, grouped, stream, winograd
 from fusionops.cpu.host import device, facts, reasons_unusable, warmup
 from fusionops.cpu.probe import copy_bandwidth, fma_peak
 from fusionops.cpu.threads import get_num_threads, set_num_threads
@@ -10,9 +10,10 @@ from fusionops.cpu.threads import get_num_threads, set_num_threads
 KERNELS = (
     *amx.KERNELS,
     *commuted.KERNELS,
+    *depthwise.KERNELS,
+    *grouped.KERNELS,
     *gemm.KERNELS,
     *winograd.KERNELS,
-    *depthwise.KERNELS,
     *direct.KERNELS,
     *stream.KERNELS,
 )

@@ -188,7 +188,9 @@ def conv_task(bits: int, mr: int, nv: int) -> int:
 def pack_task(bits: int, stored: int) -> int:
     """Address of the task that packs one filter block: [chunk][r][s][channel][width], zero beyond the last filter.
 
-    Words: packed, filters, steps r s c k (elements), R, S, channels and filters of a group, depth, width, blocks.
+    A group may have parts, which are groups of the filters: between filters of one and channels of another lie zeros.
+    Words: packed, filters, steps r s c k (elements), R, S, channels and filters of a group, depth, width, blocks,
+    parts.
     """
     item = bits // 8
 
@@ -201,13 +203,21 @@ def pack_task(bits: int, stored: int) -> int:
         used = min(width, filters - k0)
         source = p[1] + (group * filters + k0) * step_k * (stored // 8)
         to = elements(bits, p[0] + index * R * S * channels * width * item)
+        part_channels, part_filters = channels // p[13], filters // p[13]
         at_row = 0
         for c0 in range(0, channels, depth):
             for r in range(R):
                 for s in range(S):
                     for c in range(c0, min(channels, c0 + depth)):
-                        here = r * step_r + s * step_s + c * step_c
-                        for k in range(used):
+                        first, end = 0, used
+                        if p[13] > 1:
+                            part = c // part_channels
+                            first = min(used, max(0, part * part_filters - k0))
+                            end = max(first, min(used, (part + 1) * part_filters - k0))
+                            for k in range(used):
+                                to[at_row + k] = 0
+                        here = r * step_r + s * step_s + c % part_channels * step_c
+                        for k in range(first, end):
                             to[at_row + k] = load_element(stored, source, here + k * step_k)
                         for k in range(used, width):
                             to[at_row + k] = 0

@@ -37,6 +37,7 @@ class Algorithm:
                                         filters of these strides as they are (None: they are packed)
     task(tiling), pack_task(bits, stored)   addresses of the machine code
     joins_groups   whether the filters of all groups are packed as if of one
+    parts      groups that the filters have in each group of the spec
     """
 
     name: str
@@ -44,6 +45,7 @@ class Algorithm:
     task: Callable[[Any], int]
     pack_task: Callable[[int, int], int]
     joins_groups: bool = False
+    parts: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +95,7 @@ def prepare_packing(
 ) -> tuple[array[int], int, int]:
     """Words, task and number of tasks of filter packing."""
     groups = 1 if algorithm.joins_groups else spec.conv.groups
-    words = array("q", filter_words(spec, tiling, strides, groups))
+    words = array("q", [*filter_words(spec, tiling, strides, groups), algorithm.parts])
     return words, algorithm.pack_task(tiling.bits, FORMATS[spec.dtype].stored), groups * tiling.blocks
 
 

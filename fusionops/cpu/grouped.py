@@ -1,0 +1,74 @@
+"""Convolutions in groups narrower than a vector of filters: several groups are computed as one.
+
+Filters that do not belong together are zeros there, so more products are formed than the definition has, but no more
+vectors of them: a group by itself leaves most of each vector empty. Sums have the bits of the definition's, as long as
+all numbers are finite.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from fusionops.cpu import launch
+from fusionops.cpu.direct import TAP_BY_TAP, common_reasons
+from fusionops.cpu.formats import FORMATS
+from fusionops.cpu.simd import VECTOR_BYTES
+from fusionops.cpu.tiling import ConvTiling
+from fusionops.cpu.tiling import plan as plan_taps
+from fusionops.device import CpuDevice
+from fusionops.kernel import Kernel, Operands
+from fusionops.spec import Conv2d, FusionSpec, Merge
+
+
+def parts(spec: FusionSpec) -> int:
+    """How many groups make one: as many as fill a vector with filters, and divide all of them evenly."""
+    groups, lanes = spec.conv.groups, VECTOR_BYTES // FORMATS[spec.dtype].computed_bytes
+    fitting = min(groups, max(1, lanes * groups // spec.conv.K))
+    return next(count for count in range(fitting, 0, -1) if groups % count == 0)
+
+
+@functools.lru_cache(maxsize=512)
+def _joined(spec: FusionSpec) -> tuple[FusionSpec, launch.Algorithm]:
+    """The problem with fewer groups, and how it is computed."""
+    count = parts(spec)
+    fewer = replace(spec.conv, groups=spec.conv.groups // count)
+    return replace(spec, contraction=fewer), replace(TAP_BY_TAP, name=f"{count} groups as one", parts=count)
+
+
+def plan(spec: FusionSpec, device: CpuDevice) -> ConvTiling:
+    return plan_taps(_joined(spec)[0], device)
+
+
+def run(spec: FusionSpec, tiling: ConvTiling, operands: Operands, out: np.ndarray[Any, Any]) -> None:
+    joined, algorithm = _joined(spec)
+    launch.run(algorithm, joined, tiling, operands, out)
+
+
+def products(spec: FusionSpec) -> int:
+    """Multiply-adds with the zeros between groups."""
+    M, N, K = spec.gemm
+    return M * N * K * spec.conv.groups * parts(spec)
+
+
+def _kernel(merge: Merge, dtype: str) -> Kernel:
+    def unsupported(spec: FusionSpec) -> tuple[str, ...]:
+        reasons = common_reasons(spec, merge, dtype)
+        if not isinstance(spec.contraction, Conv2d):
+            reasons.append("the contraction is not a conv2d")
+        elif spec.conv.groups == 1 or parts(spec) == 1:
+            reasons.append(
+                f"{spec.conv.groups} groups of {spec.conv.K // spec.conv.groups} filters do not fit a vector together"
+            )
+        if spec.strict:
+            reasons.append("strict=True forbids products with zeros between the groups")
+        return tuple(reasons)
+
+    name = f"cpu.{merge}_conv_fprop_grouped_{FORMATS[dtype].suffix}"
+    return Kernel(name, unsupported, plan, run, products=products)
+
+
+KERNELS = tuple(_kernel(merge, dtype) for merge in Merge for dtype in FORMATS)
