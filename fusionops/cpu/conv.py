@@ -19,7 +19,7 @@ from fusionops.cpu.formats import load_element
 from fusionops.cpu.jit import inline, task
 from fusionops.cpu.microkernel import gemm_tile
 from fusionops.cpu.prologue import load_tile
-from fusionops.cpu.simd import elements, words
+from fusionops.cpu.simd import GAP, elements, words
 from fusionops.cpu.tiling import GROUP_WORDS
 
 
@@ -118,8 +118,8 @@ def locate_task(params, index):
 
 
 @functools.cache
-def conv_task(bits: int, mr: int, nv: int) -> int:
-    """Address of the task compiled for one register tile."""
+def conv_task(bits: int, mr: int, nv: int, gaps: int = 0) -> int:
+    """Address of the task compiled for one register tile; gaps = 1 for groups that have parts."""
     width = nv * (512 // bits)
     item = bits // 8
 
@@ -171,7 +171,7 @@ def conv_task(bits: int, mr: int, nv: int) -> int:
                     ask_for_output(params, outs + g * mr * 8, residuals + g * mr * 8,
                                    groups[head + 4], k0, used)  # fmt: skip
                 near = a + pixel[(g + 1) % count * mr] * depth * item
-                gemm_tile(bits, mr, nv, a, pixels + g * mr * 8, depth, r1 - r0, a_row, b_row,
+                gemm_tile(bits, mr, nv, gaps, a, pixels + g * mr * 8, depth, r1 - r0, a_row, b_row,
                           inner, p[at.DILATION_W] * depth, depth, run, b, width, sums, c0,
                           following + g * share, step, near, near_step)  # fmt: skip
                 if is_last:
@@ -188,7 +188,7 @@ def conv_task(bits: int, mr: int, nv: int) -> int:
 def pack_task(bits: int, stored: int) -> int:
     """Address of the task that packs one filter block: [chunk][r][s][channel][width], zero beyond the last filter.
 
-    A group may have parts, which are groups of the filters: between filters of one and channels of another lie zeros.
+    A group may have parts, which are groups of the filters: between filters of one and channels of another lie gaps.
     Words: packed, filters, steps r s c k (elements), R, S, channels and filters of a group, depth, width, blocks,
     parts.
     """
@@ -215,10 +215,10 @@ def pack_task(bits: int, stored: int) -> int:
                             first = min(used, max(0, part * part_filters - k0))
                             end = max(first, min(used, (part + 1) * part_filters - k0))
                             for k in range(used):
-                                to[at_row + k] = 0
+                                to[at_row + k] = GAP
                         here = r * step_r + s * step_s + c % part_channels * step_c
                         for k in range(first, end):
-                            to[at_row + k] = load_element(stored, source, here + k * step_k)
+                            to[at_row + k] = load_element(stored, source, here + k * step_k) + 0.0  # −0 becomes 0
                         for k in range(used, width):
                             to[at_row + k] = 0
                         at_row += width

@@ -19,6 +19,7 @@ from fusionops.cpu import (
     depthwise,
     epilogue,
     gemm_task,
+    grouped,
     jit,
     outer_task,
     prologue,
@@ -110,6 +111,8 @@ def warmup(progress: Callable[[int, int, str], None] | None = None) -> None:
             if bits == winograd_task.BITS:
                 steps.append((f"winograd {name} {mr}x{nv}", functools.partial(winograd_task.winograd_task, mr, nv)))
             steps.append((f"product {name} {mr}x{nv}", functools.partial(gemm_task.gemm_task, bits, mr, nv)))
+        pixels = min(grouped.MOST_PIXELS, next(mr for mr, nv in register_tiles(device()) if nv == 1))
+        steps.append((f"groups {name} {pixels}x1", functools.partial(conv.conv_task, bits, pixels, 1, gaps=1)))
         steps.append((f"product {name} few pixels", functools.partial(outer_task.outer_task, bits)))
         tiles = {depthwise.register_tile(size, device()) for size in (1, 1 << 20)}
         steps += [

@@ -20,6 +20,7 @@ from numba.extending import intrinsic
 
 from fusionops.cpu import activation
 from fusionops.cpu.assembly import Segment, can_multiply
+from fusionops.cpu.formats import literals
 from fusionops.cpu.simd import I64, VECTOR_BYTES, Lanes, word
 from fusionops.cpu.target import target
 
@@ -33,10 +34,10 @@ SEGMENT_WORDS = 3  # of a segment in the table of `gemm_segments`
 class _Tile:
     """The sums of one register tile in registers, and the two ways to add a run of channels to them."""
 
-    def __init__(self, b: ir.IRBuilder, bits: int, rows: int, nv: int, *, even: bool) -> None:
+    def __init__(self, b: ir.IRBuilder, bits: int, rows: int, nv: int, *, even: bool, gaps: bool = False) -> None:
         here = target()
-        self.b, self.rows = b, rows
-        in_assembly = can_multiply(here, rows, even=even)
+        self.b, self.rows, self.gaps = b, rows, gaps
+        in_assembly = can_multiply(here, rows, even=even) and not gaps
         self.lanes = Lanes(b, bits, here.vector_bytes if in_assembly else VECTOR_BYTES)
         self.vectors = nv * VECTOR_BYTES // (self.lanes.count * self.lanes.item_bytes)
         self.segment = Segment(self.lanes, rows, self.vectors, even=even) if in_assembly else None
@@ -82,11 +83,13 @@ class _Tile:
             for j in range(self.vectors):
                 lanes.prefetch(b.gep(later, [word(j * lanes.count)]))
             w = [lanes.load(b.gep(row, [word(j * lanes.count)])) for j in range(self.vectors)]
+            filled = [lanes.is_filled(vector) for vector in w] if self.gaps else []
             for i in range(self.rows):
                 x = lanes.splat(b.load(b.gep(heads[i], [d.index])))
                 for j in range(self.vectors):
                     s = self.sums[i * self.vectors + j]
-                    b.store(lanes.multiply_add(x, w[j], b.load(s)), s)
+                    value = lanes.multiply_add(x, w[j], b.load(s))
+                    b.store(b.select(filled[j], value, b.load(s)) if self.gaps else value, s)
 
     def store(self, c: ir.Value) -> None:
         for s, place in zip(self.sums, self.places(c), strict=True):
@@ -134,27 +137,24 @@ class _Tile:
             lanes.store(b.load(self.sums[k]), place)
 
 
-def _literals(*values: Any) -> bool:
-    return all(isinstance(value, types.IntegerLiteral) for value in values)
-
-
 @intrinsic(prefer_literal=True)
-def gemm_tile(typing, bits, mr, nv, a, pixels, pitch, outer, a_outer, b_outer, inner, a_inner, b_inner, depth, panel,
-              b_pitch, c, accumulate, ahead, ahead_step, near, near_step):  # fmt: skip
-    """Addresses a, pixels (int64 each), panel, c; steps in elements; bits, mr and nv literal.
+def gemm_tile(typing, bits, mr, nv, gaps, a, pixels, pitch, outer, a_outer, b_outer, inner, a_inner, b_inner, depth,
+              panel, b_pitch, c, accumulate, ahead, ahead_step, near, near_step):  # fmt: skip
+    """Addresses a, pixels (int64 each), panel, c; steps in elements; bits, mr, nv and gaps literal.
 
+    gaps    1: filters that are `GAP` are not multiplied
     ahead, ahead_step   an address asked for in L2 at each step of the reduction, and its advance in bytes
     near, near_step     the same for L1
     """
-    if not _literals(bits, mr, nv):
+    if not literals(bits, mr, nv, gaps):
         return None
     rows = mr.literal_value
-    signature = types.void(bits, mr, nv, *[types.intp] * 18)
+    signature = types.void(bits, mr, nv, gaps, *[types.intp] * 18)
 
     def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Any:
         (a, pixels, pitch, outer, a_outer, b_outer, inner, a_inner, b_inner, depth, panel, b_pitch,
-         c, accumulate, ahead, ahead_step, near, near_step) = args[3:]  # fmt: skip
-        tile = _Tile(b, bits.literal_value, rows, nv.literal_value, even=False)
+         c, accumulate, ahead, ahead_step, near, near_step) = args[4:]  # fmt: skip
+        tile = _Tile(b, bits.literal_value, rows, nv.literal_value, even=False, gaps=bool(gaps.literal_value))
         size = word(tile.lanes.item_bytes)
         pixel, pixel_step = b.inttoptr(pixels, I64.as_pointer()), b.mul(pitch, size)
         offsets = [b.mul(b.load(b.gep(pixel, [word(i)])), pixel_step) for i in range(rows)]
@@ -179,7 +179,7 @@ def gemm_rows(typing, bits, mr, nv, a, pitch, depth, panel, b_pitch, c, accumula
 
     near   asked for in L1 along the way: as many bytes as the rows of A have
     """
-    if not _literals(bits, mr, nv):
+    if not literals(bits, mr, nv):
         return None
     signature = types.void(bits, mr, nv, *[types.intp] * 10)
 
@@ -207,7 +207,7 @@ def gemm_segments(typing, bits, mr, nv, segments, count, row, panel, b_pitch, c,
     is_finished    0: the sums go to C; else they are finished, as `_Tile.finish` says, and go to the output, of which
                    there must be a whole tile; addresses, and offsets of rows in elements
     """
-    if not _literals(bits, mr, nv):
+    if not literals(bits, mr, nv):
         return None
     signature = types.void(bits, mr, nv, *[types.intp] * 16)
 

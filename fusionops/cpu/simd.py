@@ -15,6 +15,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 VECTOR_BYTES = 64
+GAP = -0.0  # stands for a filter that a channel has none of; filters of −0 are packed as 0, which makes the same sums
 I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 
 
@@ -129,6 +130,11 @@ class Lanes:
 
     def copysign(self, magnitude: ir.Value, sign: ir.Value) -> ir.Value:
         return self._call("copysign", [magnitude, sign])
+
+    def is_filled(self, x: ir.Value) -> ir.Value:
+        """Whether each lane is something else than GAP."""
+        bits = self.b.bitcast(x, self.int)
+        return self.b.icmp_unsigned("!=", bits, self.integers(1 << (self.bits - 1)))
 
     def below(self, x: ir.Value, y: ir.Value) -> ir.Value:
         """x < y lane by lane; False where either is NaN."""

@@ -180,12 +180,13 @@ def balanced(extent: int, limit: int) -> int:
     return -(-extent // -(-extent // limit)) if extent else 1
 
 
-def plan(spec: FusionSpec, device: CpuDevice) -> ConvTiling:
-    """The tiling of a contraction tap by tap."""
+def plan(spec: FusionSpec, device: CpuDevice, *, most_pixels: int | None = None) -> ConvTiling:
+    """The tiling of a contraction tap by tap; most_pixels bounds those of a register tile."""
     conv = spec.conv
     item = FORMATS[spec.dtype].computed_bytes
     group_filters, group_channels = conv.K // conv.groups, spec.C // conv.groups
     mr, nv = choose_register_tile(group_filters, item, device)
+    mr = min(mr, most_pixels or mr)
     width = nv * VECTOR_BYTES // item
     blocks = -(-group_filters // width)
     task_blocks = balanced(blocks, max(1, TASK_FILTERS // width))

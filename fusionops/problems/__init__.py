@@ -124,6 +124,7 @@ DENSES = (
 )
 
 DEPTHWISE = ("depthwise", "direct")
+GROUPED = ("grouped", "direct")
 
 CONVS = (
     *conv_both("one_pixel", 8, 8, 1, 1, H=1, W=1, algorithms=GEMM),
@@ -189,6 +190,23 @@ CONVS = (
     conv("depthwise_strided", ADD, (19, 19), 19, H=8, W=9, stride=(2, 2), groups=19, algorithms=DEPTHWISE),
     conv("depthwise_dilated", CONCAT, (9, 8), 17, N=2, H=8, W=9, dilation=(2, 3), groups=17, algorithms=DEPTHWISE),
     conv("depthwise_residual", ADD, (32,), 32, groups=32, residual=Part(32), activation=RELU, algorithms=DEPTHWISE),
+    *conv_both("grouped", 16, 32, H=7, W=9, groups=8, source="ResNeXt, 32x4d", algorithms=GROUPED),
+    *conv_both("grouped_uneven", 6, 18, N=2, groups=6, residual=Part(18), activation=RELU, algorithms=GROUPED),
+    *conv_both("grouped_multiplier", 8, 32, H=8, W=9, stride=(2, 2), groups=8, algorithms=GROUPED),
+    *conv_both("grouped_many_filters", 40, 160, H=4, W=5, groups=40, algorithms=GROUPED),
+    conv("grouped_sources_across_groups", CONCAT, (3, Part(8, (2, 2)), 5), 24, H=6, W=8, groups=8, algorithms=GROUPED),
+    conv(
+        "grouped_dilated",
+        ADD,
+        (Part(20, weight="vector"), 20),
+        20,
+        H=9,
+        W=8,
+        dilation=(2, 1),
+        groups=10,
+        algorithms=GROUPED,
+    ),
+    conv("grouped_pointwise", CONCAT, (9, 15), 24, 1, 1, groups=12, algorithms=("grouped", *GEMM)),
     conv("long_reduction", ADD, (600, 600), 20, H=3, W=3),
     conv("long_reduction", CONCAT, (700, 100), 20, H=3, W=3),
     conv("upsampled", ADD, (9, Part(9, upsample=(2, 2))), 10, H=6, W=8, source="FPN, top-down step"),
@@ -233,5 +251,5 @@ PROBLEMS = (
     *REWRITTEN,
     *map(in_nchw, REWRITTEN),
     *narrow((*JOINS, *DENSES, *CONVS, *REWRITTEN)),
-    *(in_float64(problem) for problem in REWRITTEN if not any("winograd" in name for name in problem.kernels)),
+    *(in_float64(problem) for problem in REWRITTEN if "cpu.concat_conv_fprop_commuted_f32" in problem.kernels),
 )

@@ -8,7 +8,6 @@ from fusionops.problems.rows import ADD, CONCAT, GEMM, NO_PAD, QUARTER_LEAKY, RE
 from fusionops.spec import Activation
 
 WINOGRAD: dict[str, Any] = {"strict": False, "algorithms": ("winograd", "direct")}
-GROUPED: dict[str, Any] = {"strict": False, "algorithms": ("grouped", "direct")}
 COMMUTED: dict[str, Any] = {"strict": False, "algorithms": ("commuted", *GEMM)}
 
 REWRITTEN = (
@@ -43,12 +42,5 @@ REWRITTEN = (
     conv("commuted_last", CONCAT, (9, 31, Part(5, (3, 2)), Part(40, (3, 2))), 70, 1, 1, H=9, W=8, **COMMUTED),
     conv("commuted_weighted", CONCAT, (Part(33, (1, 2), "vector"), Part(7, weight="scalar")), 9, 1, 1, **COMMUTED),
     conv("commuted_long", CONCAT, (Part(300, (2, 2)), 290), 40, 1, 1, N=2, H=4, W=6, bias=False, **COMMUTED),
-    *conv_both("grouped", 16, 32, H=7, W=9, groups=8, source="ResNeXt, 32x4d", **GROUPED),
-    *conv_both("grouped_uneven", 6, 18, N=2, groups=6, residual=Part(18), activation=RELU, **GROUPED),
-    *conv_both("grouped_multiplier", 8, 32, H=8, W=9, stride=(2, 2), groups=8, **GROUPED),
-    *conv_both("grouped_many_filters", 40, 160, H=4, W=5, groups=40, **GROUPED),
-    conv("grouped_sources_across_groups", CONCAT, (3, Part(8, (2, 2)), 5), 24, H=6, W=8, groups=8, **GROUPED),
-    conv("grouped_dilated", ADD, (Part(20, weight="vector"), 20), 20, H=9, W=8, dilation=(2, 1), groups=10, **GROUPED),
-    conv("grouped_pointwise", CONCAT, (9, 15), 24, 1, 1, groups=12, strict=False, algorithms=("grouped", *GEMM)),
     conv("winograd_return_sum", ADD, (33, 33, 33), 10, N=2, return_sum=True, **WINOGRAD),
 )
