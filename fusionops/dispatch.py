@@ -135,7 +135,8 @@ class Explanation:
 
     spec      the problem
     backend, kernel, config   where it would run, by what, and how; an empty result needs no config
-    formed_flops   of the products that the kernel forms: those of the definition, or of a rewrite
+    formed_flops   of the products that the kernel forms: those of the definition; fewer in a rewrite; more where tiles
+                   are filled up
     others    every other kernel of the backend, and why it is not the one: first those that could, then by reasons
     copies    what binding copied or converted before, and why
     cost      of the fused way and, in it, of the materialised one
@@ -183,7 +184,7 @@ def explain(call: Call, requested: str | None) -> Explanation:
     name = "cpu" if requested is None else _named(call.op, requested)
     kernel, config = _planned(call.judgement, name)
     counted = cost(call, name)
-    formed = counted.contraction_flops if kernel.products is None else 2 * kernel.products(spec)
+    formed = counted.contraction_flops if config is None or kernel.products is None else 2 * kernel.products(spec)
     others = tuple(
         (other.name, other.unsupported(spec) or other.slow(spec) or ("could run it, but stands later in the table",))
         for other in sorted(backend(name).kernels, key=lambda other: len(other.unsupported(spec)))

@@ -81,7 +81,7 @@ class Kernel:
 
     unsupported(spec)   every reason it cannot run `spec` correctly, however slow: preference is dispatch's
     slow(spec)          every reason why a kernel further down the table is likely to run it faster
-    products(spec)      multiply-adds that it forms, where these are not the definition's
+    products(spec)      multiply-adds that it forms, fill included, where these are not the definition's
     plan(spec, device)  how it would run; pure
     run(spec, config, operands, out)   writes out; validates nothing, decides nothing
     """

@@ -177,7 +177,8 @@ def error_bound(spec: FusionSpec, operands: Operands) -> Array:
     bound = np.zeros(spec.out_shape)
     if spec.contraction is not None:
         sums = len(spec.sources) - 1 if spec.merge is Merge.ADD else 0
-        products = is_narrow(spec) and any(source.weight for source in spec.sources)
+        every = (*spec.sources, spec.residual) if spec.residual else spec.sources
+        products = is_narrow(spec) and any(source.weight for source in every)
         relative = (8 + 2 * math.sqrt(spec.gemm[2])) * _accumulated_roundoff(spec)
         relative += (sums + products) * UNIT_ROUNDOFF[spec.dtype]
         bound = relative * magnitude(spec, operands)

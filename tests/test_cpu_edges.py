@@ -119,12 +119,13 @@ def test_few_pixels_of_a_map(layout):
     np.testing.assert_array_equal(result, expected)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("reach", [7, 3000, 60_000])
-def test_dilation_beyond_the_map(reach):
+def test_dilation_beyond_the_map(reach, dtype):
     """Only the taps that land in the map are loaded, so the memory of a call does not grow with the reach."""
     rng = np.random.default_rng(0)
-    x = rng.integers(-4, 5, (2, 9, 11, 3)).astype(np.float32)
-    filters = rng.integers(-4, 5, (3, 3, 3, 5)).astype(np.float32)
+    x = rng.integers(-4, 5, (2, 9, 11, 3)).astype(dtype)
+    filters = rng.integers(-4, 5, (3, 3, 3, 5)).astype(dtype)
     options = {"dilation": reach, "padding": reach}
     expected = fo.add_conv([x], filters, **options, backend="reference")
     np.testing.assert_array_equal(fo.add_conv([x], filters, **options), expected)

@@ -221,7 +221,7 @@ def test_tiles_of_bfloat16_run_where_the_processor_has_them():
     plan = fo.explain("add_conv", [x], f)
     assert plan.kernel == name if without is None else dict(plan.others)[name] == (without,)
     strict = dict(fo.explain("add_conv", [x], f, strict=True).others)[name]
-    assert strict[-1] == "strict=True forbids a sum that takes subnormal factors for 0"
+    assert strict[-1] == "strict=True forbids a sum that takes subnormal numbers for 0"
 
 
 def test_precision_is_refused_where_it_does_not_exist():

@@ -40,3 +40,10 @@ def test_tiles_count_what_they_are_filled_up_with(kernel):
         M, N, K = spec.gemm
         assert kernel.products(spec) >= M * N * K
         assert kernel.products(spec) % (16 * 32) == 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_empty_result_takes_no_products(dtype):
+    x, rows = full(0, 4, 4, 8).astype(dtype), full(0, 8).astype(dtype)
+    assert fo.explain("add_conv", [x], full(1, 1, 8, 5).astype(dtype)).formed_flops == 0
+    assert fo.explain("add_dense", [rows], full(8, 4).astype(dtype)).formed_flops == 0

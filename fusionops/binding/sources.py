@@ -121,7 +121,8 @@ def plain_sources(sources: Any) -> tuple[tuple[Array, ...], tuple[Key, ...]] | N
     return (tuple(arrays), tuple(keys)) if arrays else None
 
 
-# Prologues of sources that are upsampled by a usual factor and nothing else.
+# Prologues of sources that are upsampled and nothing else: by the factors of networks, up to 16 of HED. Others are
+# judged at each call.
 _UPSAMPLED = {1: None, **{factor: Prologue((factor, factor)) for factor in range(2, 17)}}
 
 

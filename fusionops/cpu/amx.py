@@ -20,6 +20,7 @@ from fusionops.cpu.amx_task import CHANNELS, FILTERS, ITEM, PIXELS, SUM, amx_tas
 from fusionops.cpu.block import Strides, Words, is_pointwise
 from fusionops.cpu.direct import common_reasons
 from fusionops.cpu.formats import BF16
+from fusionops.cpu.gemm import same_area
 from fusionops.cpu.target import target
 from fusionops.cpu.tiling import SCRATCH_LIMIT, WORD_BYTES, Tiling, balanced, whole_lines
 from fusionops.device import CpuDevice
@@ -28,7 +29,8 @@ from fusionops.spec import Conv2d, Dense, FusionSpec, Merge, filter_reach
 
 AREAS = (at.AT_SUMS, at.AT_OUT, at.AT_RESIDUAL, at.AT_COPY)
 
-# Pixels of an output tile, and its widths to choose from: multiples of the 32 that are multiplied at a time.
+# Pixels of an output tile, and its widths to choose from beside that of the whole map: multiples of the 32 pixels that
+# are multiplied at a time.
 TILE_PIXELS = 256
 WIDTHS = (32, 64)
 # Channels summed at a time: all of most layers. Then pixels are 1 KiB apart, which four ways of a cache still hold.
@@ -94,38 +96,49 @@ def _padded(channels: int) -> int:
 
 
 def plan(spec: FusionSpec, device: CpuDevice) -> AmxTiling:
-    """The tiling that forms the fewest sums for nothing."""
-    return min(_tilings(spec), key=lambda candidate: candidate[0])[1]
+    return _best(spec)[1]
+
+
+def _best(spec: FusionSpec) -> tuple[int, AmxTiling]:
+    """The tiling that forms the fewest sums for nothing, and how many sums it forms."""
+    return min(_tilings(spec), key=lambda candidate: candidate[0])
 
 
 def _tilings(spec: FusionSpec) -> Iterator[tuple[int, AmxTiling]]:
     """Ways to cut the output up, each with the sums it takes."""
-    conv = spec.conv
-    blocks = -(-conv.K // FILTERS)
-    depth = CHANNELS * balanced(-(-spec.C // CHANNELS), DEPTH // CHANNELS)
-    is_flat = is_pointwise(conv) and not any(
-        source.upsample != (1, 1) for source in (*spec.sources, *filter(None, [spec.residual]))
-    )
-    P, Q = (1, spec.N * spec.P * spec.Q) if is_flat else (spec.P, spec.Q)
-    stride = (1, 1) if is_flat else conv.stride
-    reach_h, reach_w = (filter_reach(taps, by) for taps, by in zip((conv.R, conv.S), conv.dilation, strict=True))
+    P, Q = (1, spec.N * spec.P * spec.Q) if _is_flat(spec) else (spec.P, spec.Q)
     for width in {min(Q, width) for width in (Q if max(WIDTHS) >= Q else TILE_PIXELS, *WIDTHS)}:
         pixels, tile_q = TILE_PIXELS, width
         while True:
             tile_p = balanced(P, max(1, pixels // tile_q))
-            pitch = (tile_q - 1) * stride[1] + reach_w
-            rows = (tile_p - 1) * stride[0] + reach_h
-            _, sums = _lines(tile_p, tile_q, pitch, stride)
-            tiling = AmxTiling(
-                bits=32, mr=PIXELS, nv=FILTERS * SUM // 64, depth=depth, chunks=-(-spec.C // depth), blocks=blocks,
-                task_blocks=balanced(blocks, TASK_FILTERS // FILTERS), tile_p=tile_p, tile_q=tile_q, is_flat=is_flat,
-                packed_elements=blocks * FILTERS * _padded(spec.C) * conv.R * conv.S * ITEM // SUM,
-                region=rows * pitch + PIXELS * stride[1], line_sums=sums,
-            )  # fmt: skip
+            tiling = _tiling(spec, tile_p, tile_q)
             if tiling.scratch_bytes <= SCRATCH_LIMIT or (tile_p, tile_q) == (1, 1):
                 break
             pixels, tile_q = pixels // 2, tile_q if tile_p > 1 else -(-tile_q // 2)
-        yield sums * -(-P // tile_p) * -(-Q // tile_q), tiling
+        yield tiling.line_sums * -(-P // tile_p) * -(-Q // tile_q), tiling
+
+
+def _is_flat(spec: FusionSpec) -> bool:
+    every = (*spec.sources, *filter(None, [spec.residual]))
+    return is_pointwise(spec.conv) and all(source.upsample == (1, 1) for source in every)
+
+
+def _tiling(spec: FusionSpec, tile_p: int, tile_q: int) -> AmxTiling:
+    conv = spec.conv
+    stride = (1, 1) if _is_flat(spec) else conv.stride
+    rows, pitch = (
+        (tile - 1) * step + filter_reach(taps, dilation)
+        for tile, step, taps, dilation in zip((tile_p, tile_q), stride, (conv.R, conv.S), conv.dilation, strict=True)
+    )
+    blocks = -(-conv.K // FILTERS)
+    depth = CHANNELS * balanced(-(-spec.C // CHANNELS), DEPTH // CHANNELS)
+    return AmxTiling(
+        bits=32, mr=PIXELS, nv=FILTERS * SUM // 64, depth=depth, chunks=-(-spec.C // depth), blocks=blocks,
+        task_blocks=balanced(blocks, TASK_FILTERS // FILTERS),
+        packed_elements=blocks * FILTERS * _padded(spec.C) * conv.R * conv.S * ITEM // SUM,
+        tile_p=tile_p, tile_q=tile_q, is_flat=_is_flat(spec),
+        region=rows * pitch + PIXELS * stride[1], line_sums=_lines(tile_p, tile_q, pitch, stride)[1],
+    )  # fmt: skip
 
 
 def cut(spec: FusionSpec, tiling: AmxTiling, words: Words, filters: Strides | None) -> tuple[int, bool]:
@@ -133,6 +146,8 @@ def cut(spec: FusionSpec, tiling: AmxTiling, words: Words, filters: Strides | No
     N, P, Q = (int(words[i]) for i in (at.N, at.P, at.Q))
     stride = int(words[at.STRIDE_H]), int(words[at.STRIDE_W])
     tile_p, tile_q = min(tiling.tile_p, P), min(tiling.tile_q, Q)
+    if is_pointwise(spec.conv) and stride == (1, 1):
+        tile_p, tile_q = same_area(tiling.tile_p * tiling.tile_q, P, Q)
     tiles_p, tiles_q = -(-P // tile_p), -(-Q // tile_q)
     pitch = (tile_q - 1) * stride[1] + filter_reach(spec.conv.S, spec.conv.dilation[1])
     words[at.TILE_P : at.TILES_Q + 1] = tile_p, tile_q, tiles_p, tiles_q
@@ -158,9 +173,23 @@ def without_tiles() -> str | None:
 
 def products(spec: FusionSpec) -> int:
     """Multiply-adds of whole tiles, those between rows and beyond the last channel and filter included."""
-    sums, tiling = min(_tilings(spec), key=lambda candidate: candidate[0])
+    sums, tiling = _best(spec)
     images = 1 if tiling.is_flat else spec.N
     return images * sums * tiling.blocks * FILTERS * _padded(spec.C) * spec.conv.R * spec.conv.S
+
+
+def _smallest_bytes(spec: FusionSpec) -> int:
+    """Bytes of scratch memory with an output tile of one pixel."""
+    return _tiling(spec, 1, 1).scratch_bytes
+
+
+def slow(spec: FusionSpec) -> tuple[str, ...]:
+    """Why vectors would be faster."""
+    tiling = _best(spec)[1]
+    pixels = tiling.tile_p * tiling.tile_q
+    if pixels < min(PIXELS, spec.N * spec.P * spec.Q):
+        return (f"its taps reach so far that an output tile has {pixels} pixels, {PIXELS} are multiplied at a time",)
+    return ()
 
 
 def _kernel(merge: Merge, contraction: type[Conv2d] | type[Dense]) -> Kernel:
@@ -172,8 +201,10 @@ def _kernel(merge: Merge, contraction: type[Conv2d] | type[Dense]) -> Kernel:
             reasons.append(f"the contraction is not a {contraction.__name__.lower()}")
         elif spec.conv.groups != 1:
             reasons.append(f"there are {spec.conv.groups} groups, needs one")
+        elif _smallest_bytes(spec) > SCRATCH_LIMIT:
+            reasons.append(f"the taps of one pixel reach over more of the map than {SCRATCH_LIMIT} B hold")
         if spec.strict:
-            reasons.append("strict=True forbids a sum that takes subnormal factors for 0")
+            reasons.append("strict=True forbids a sum that takes subnormal numbers for 0")
         return tuple(reasons)
 
     word = "conv" if contraction is Conv2d else "dense"

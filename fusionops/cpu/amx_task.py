@@ -6,7 +6,8 @@ A task owns TILE_P × TILE_Q pixels and TASK_BLOCKS blocks of 32 filters. For ea
 tile, as bfloat16 and with zeros around the map and behind the last channel; then every 32 pixels of a line are
 multiplied with every block in one go over taps and channels, four tiles of sums at a time. A line is a row of outputs,
 or, with stride 1, all rows of the loaded tile one after the other: then sums between the rows are formed for nothing.
-Order of the sum: chunks of channels, in each the filter rows, columns, channels by 32. Subnormal factors count as 0.
+Order of the sum: chunks of channels, in each the filter rows, columns, channels by 32. Subnormal factors and sums count
+as 0.
 """
 
 from __future__ import annotations

@@ -130,7 +130,7 @@ def cut(spec: FusionSpec, tiling: GemmTiling, words: Words, filters: Strides | N
     """The words of output tiles and filter blocks; the number of tasks; whether `filters` need no packing."""
     N, P, Q = (int(words[i]) for i in (at.N, at.P, at.Q))
     is_narrow = FORMATS[spec.dtype].is_narrow  # such sources and filters are widened where they are loaded and packed
-    tile_p, tile_q = _same_area(tiling.tile_p * tiling.tile_q, P, Q)
+    tile_p, tile_q = same_area(tiling.tile_p * tiling.tile_q, P, Q)
     tiles_p, tiles_q = -(-P // tile_p), -(-Q // tile_q)
     words[at.TILE_P : at.TILES_Q + 1] = tile_p, tile_q, tiles_p, tiles_q
     words[list(AREAS)] = np.cumsum(tiling.areas)[:-1]
@@ -152,7 +152,7 @@ def cut(spec: FusionSpec, tiling: GemmTiling, words: Words, filters: Strides | N
     return N * tiles_p * tiles_q * spec.conv.groups * -(-tiling.blocks // tiling.task_blocks), rows is not None
 
 
-def _same_area(pixels: int, P: int, Q: int) -> tuple[int, int]:
+def same_area(pixels: int, P: int, Q: int) -> tuple[int, int]:
     """A tile of at most as many pixels as was planned for: whole rows, or a part of one."""
     tile_q = min(Q, pixels)
     return max(1, min(P, pixels // max(1, tile_q))), max(1, tile_q)

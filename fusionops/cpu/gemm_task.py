@@ -155,7 +155,7 @@ def gemm_task(bits: int, mr: int, nv: int) -> int:
                 kept = (kept_blocks * (block - block0) * count + kept_tiles * g) * tile_bytes
                 sums = scratch + p[at.AT_SUMS] + kept
                 in_registers = is_last and is_plain and overlaps and used == width
-                if is_last and is_turned and p[at.OUT_Q] == 1:
+                if is_last and is_turned:
                     ask_for_channels(params, to, min(mr, rows), k0, used)
                 gemm_segments(
                     bits, mr, nv, segments, segment_count, row, panel, pitch, sums, c0, following, step, in_registers,

@@ -1,7 +1,7 @@
 """Convolutions in groups narrower than a vector of filters: several groups are computed as one.
 
 A group by itself leaves most of each vector empty. Here a vector holds filters of several groups; for each channel
-those of the other groups are gaps, which are not multiplied: every sum has the terms and the order of the definition.
+those of the other groups are gaps, which do not enter the sum: every sum has the terms and the order of the definition.
 """
 
 from __future__ import annotations

@@ -142,7 +142,7 @@ def gemm_tile(typing, bits, mr, nv, gaps, a, pixels, pitch, outer, a_outer, b_ou
               panel, b_pitch, c, accumulate, ahead, ahead_step, near, near_step):  # fmt: skip
     """Addresses a, pixels (int64 each), panel, c; steps in elements; bits, mr, nv and gaps literal.
 
-    gaps    1: filters that are `GAP` are not multiplied
+    gaps    1: products with filters that are `GAP` do not enter the sum
     ahead, ahead_step   an address asked for in L2 at each step of the reduction, and its advance in bytes
     near, near_step     the same for L1
     """

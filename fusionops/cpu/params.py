@@ -42,9 +42,8 @@ RESIDUAL_WEIGHT = 49  # WEIGHT_…
 RESIDUAL_FACTOR = 50  # float64 bits of a scalar, or the address of a vector
 ACTIVATION = 51
 SLOPE = 52  # float64 bits
-PITCH = 54  # columns of a loaded tile: no more than the map has
 WIDTH = 53  # elements of a row of sums; a word, so that the epilogue is compiled once for all register tiles
-
+PITCH = 54  # columns of a loaded tile
 
 # Winograd, beside TILES_P and TILES_Q: tiles of 4×4 outputs
 TILES, TASK_TILES, ROW_TILES = 57, 58, 59  # of all images; of a task; loaded at a time
@@ -59,13 +58,13 @@ FILTER_ROW, FILTER_BLOCK, FILTER_GROUP = 67, 68, 69  # elements from one channel
 COPIES_FILTERS = 70  # 1: filters are copied, those of a task a chunk at a time
 AT_SEGMENTS, AT_PANEL = 71, 72
 
-# Tiles of bfloat16
-IS_FLAT = 77  # 1: all rows of an output tile make one line
-ROW_SUMS, BLOCK_SUMS = 78, 79  # pixels from one row of sums to the next, where each is a line; of a block
-
 # Procedures
 LOAD_TILE, FINISH_TILE, SCATTER_TILE = 73, 74, 75
 STORED_BYTES = 76  # of an element of sources, output and residual
+
+# Tiles of bfloat16
+IS_FLAT = 77  # 1: all rows of an output tile make one line
+ROW_SUMS, BLOCK_SUMS = 78, 79  # pixels from one row of sums to the next, where each is a line; of a block
 
 SOURCES = 80
 SOURCE_WORDS = 12  # the last one is free

@@ -1,7 +1,7 @@
 """Tile loads for the CPU backend: upsampling, weights and the merge in one pass over a tile, from any strides.
 
-Writes packed tiles [row][column][channel]; positions outside the map are left unwritten, because no tap that falls
-there is ever multiplied. Contains no arithmetic on filters.
+Writes packed tiles [row][column][channel]; positions outside the map are left as they are: those who multiply
+them clear them first. Contains no arithmetic on filters.
 """
 
 from __future__ import annotations

@@ -151,7 +151,7 @@ def add_block(
         channel_axis = rank - 1 if spec.layout == "NHWC" else 1
     space = grid(shape, steps, factors, channel_axis)
     inner, rows = space.extents[-1], math.prod(space.extents[:-1])
-    pieces = max(1, inner // config.span)
+    pieces = max(1, -(-inner // config.span))
     piece = -(-inner // pieces)
     task_rows = max(1, config.span // inner) if pieces == 1 else 1
     depth = len(space.extents)
@@ -249,7 +249,7 @@ def concat_plan(spec: FusionSpec, config: StreamConfig, strides: tuple[Strides, 
             others.append((j, (slice(None),) * axis + (slice(start, first),)))
     total = sum(span[-1] for span in spans)
     span_bytes = config.span * item
-    pieces = max(1, min(max((span[-1] for span in spans), default=1), total // span_bytes))
+    pieces = max(1, min(max((span[-1] for span in spans), default=1), -(-total // span_bytes)))
     task_rows = max(1, span_bytes // max(1, total))
     covers = not others and row_step(spec.out_shape, out, axis, item) == total
     staged = total if config.nontemporal and covers and total < LONG_BYTES else 0

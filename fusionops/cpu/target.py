@@ -44,7 +44,7 @@ def target() -> Target:
     features = _features()
     machine = platform.machine().lower()
     if machine not in ("x86_64", "amd64"):
-        return Target(machine, 16, 32, fma=True, converts_half=True, tiles=False)  # NEON and its like
+        return Target(machine, 16, 32, fma=True, converts_half=machine in ("aarch64", "arm64"), tiles=False)  # NEON
     if {"avx512f", "avx512vl"} <= features:
         vector_bytes, registers = 64, 32
     elif "avx2" in features:
