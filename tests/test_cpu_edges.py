@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import fusionops as fo
-from fusionops.cpu import commuted, device, gemm, jit, stream, threads
+from fusionops.cpu import amx, commuted, device, gemm, jit, stream, threads
 from fusionops.cpu.stream import STREAM_BYTES
 from fusionops.cpu.tiling import SCRATCH_LIMIT, plan
 from fusionops.problems import conv
@@ -131,6 +131,15 @@ def test_dilation_beyond_the_map(reach, dtype):
     np.testing.assert_array_equal(fo.add_conv([x], filters, **options), expected)
     spec = conv("", Merge.ADD, (3,), 5, 3, 3, H=9, W=11, dilation=(reach, reach), padding=((reach, reach),) * 2).spec
     assert plan(spec, device()).scratch_bytes <= SCRATCH_LIMIT
+
+
+def test_tiles_are_left_to_vectors_where_taps_reach_far():
+    """A tile of few pixels already fills the scratch memory: 512 channels under taps that are 31 pixels apart."""
+    x, filters = np.ones((1, 40, 40, 512), "bfloat16"), np.ones((3, 3, 512, 4), "bfloat16")
+    explained = fo.explain("add_conv", [x], filters, dilation=31, padding=31)
+    assert explained.kernel == "cpu.add_conv_fprop_direct_bf16"
+    reason = dict(explained.others)["cpu.add_conv_fprop_direct_amx_bf16"][-1]
+    assert "reach so far" in reason or reason == amx.without_tiles()
 
 
 def test_a_worker_whose_start_was_interrupted_does_no_harm(monkeypatch):

@@ -107,7 +107,7 @@ def _best(spec: FusionSpec) -> tuple[int, AmxTiling]:
 def _tilings(spec: FusionSpec) -> Iterator[tuple[int, AmxTiling]]:
     """Ways to cut the output up, each with the sums it takes."""
     P, Q = (1, spec.N * spec.P * spec.Q) if _is_flat(spec) else (spec.P, spec.Q)
-    for width in {min(Q, width) for width in (Q if max(WIDTHS) >= Q else TILE_PIXELS, *WIDTHS)}:
+    for width in {max(1, min(Q, width)) for width in (Q if max(WIDTHS) >= Q else TILE_PIXELS, *WIDTHS)}:
         pixels, tile_q = TILE_PIXELS, width
         while True:
             tile_p = balanced(P, max(1, pixels // tile_q))
@@ -209,13 +209,8 @@ def _kernel(merge: Merge, contraction: type[Conv2d] | type[Dense]) -> Kernel:
 
     word = "conv" if contraction is Conv2d else "dense"
     algorithm = "direct" if contraction is Conv2d else "gemm"
-    return Kernel(
-        f"cpu.{merge}_{word}_fprop_{algorithm}_amx_bf16",
-        unsupported,
-        plan,
-        partial(launch.run, TILES),
-        products=products,
-    )
+    name = f"cpu.{merge}_{word}_fprop_{algorithm}_amx_bf16"
+    return Kernel(name, unsupported, plan, partial(launch.run, TILES), slow, products)
 
 
 KERNELS = tuple(_kernel(merge, contraction) for merge in Merge for contraction in (Conv2d, Dense))
