@@ -70,6 +70,7 @@ JOINS = (
     join("vector_weight", ADD, (3, 4, 5), (3, 4, 5), part=Part(5, weight="vector"), streams=("f32",)),
     join("upsampled", ADD, (2, 6, 10, 33), (2, 3, 5, 33), part=Part(33, upsample=(2, 2)), streams=("f32",)),
     join("upsampled_unevenly", ADD, (1, 6, 10, 3), (1, 2, 5, 3), part=Part(3, upsample=(3, 2)), streams=("f32",)),
+    join("upsampled_odd_lines", ADD, (1, 9, 10, 3), (1, 3, 5, 3), part=Part(3, upsample=(3, 2)), streams=("f32",)),
     join("upsampled_and_weighted", ADD, (1, 4, 6, 7), (1, 2, 3, 7), part=Part(7, (2, 2), "vector"), streams=("f32",)),
     *(
         join(name, ADD, (5, 41), (5, 41), activation=Activation(name), streams=("f32",))
