@@ -27,6 +27,12 @@ def test_winograd_forms_a_quarter_of_whole_tiles():
     assert odd.formed_flops == 2 * 36 * (2 * 9 * 8) * 32 * 8
 
 
+def test_winograd_of_5x5_forms_36_products_of_100():
+    plan = fo.explain("concat_conv", [full(1, 8, 8, 16)] * 2, full(5, 5, 32, 8), padding="same")
+    assert plan.kernel == "cpu.concat_conv_fprop_winograd_f32"
+    assert plan.formed_flops * 100 == plan.cost.contraction_flops * 36
+
+
 def test_a_commuted_convolution_counts_sources_at_their_own_resolution():
     low, high, dot = full(1, 16, 16, 24), full(1, 32, 32, 8), full(1, 1, 32, 8)
     plan = fo.explain("concat_conv", [fo.Source(low, upsample=2), high], dot)

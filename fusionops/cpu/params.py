@@ -45,7 +45,7 @@ SLOPE = 52  # float64 bits
 WIDTH = 53  # elements of a row of sums; a word, so that the epilogue is compiled once for all register tiles
 PITCH = 54  # columns of a loaded tile
 
-# Winograd, beside TILES_P and TILES_Q: tiles of 4×4 outputs
+# Winograd, beside TILES_P and TILES_Q
 TILES, TASK_TILES, ROW_TILES = 57, 58, 59  # of all images; of a task; loaded at a time
 POINT_VALUES, POINT_SUMS = 60, 61  # elements from one point to the next, of transformed patches and of sums
 AT_VALUES, AT_FINISHED = 62, 63

@@ -1,6 +1,9 @@
-"""The three transforms of Winograd's F(4×4, 3×3) on vectors of channels or filters: one patch at a time, in registers.
+"""The three transforms of Winograd's convolutions on vectors of channels or filters: one patch at a time, in registers.
 
-    y = Aᵀ[ (G g Gᵀ) ⊙ (Bᵀ d B) ]A        d: 6×6 inputs, g: 3×3 taps, y: 4×4 outputs, ⊙: 36 products
+    y = Aᵀ[ (G g Gᵀ) ⊙ (Bᵀ d B) ]A        d: 6×6 inputs, ⊙: 36 products
+
+    F(4×4, 3×3)    g: 3×3 taps, y: 4×4 outputs
+    F(2×2, 5×5)    g: 5×5 taps, y: 2×2 outputs, of the same transformed inputs
 
 The rows of Bᵀ and G evaluate polynomials at the points 0, ±¾, ±1½ and ∞. They are exact in binary; over data of any
 kind these points give 0.4 to 0.5 of the error of the textbook's 0, ±1, ±2, ∞ for the same operations, and points nearer
@@ -10,6 +13,7 @@ arXiv:1803.10986.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -20,10 +24,16 @@ from numba.extending import intrinsic
 from fusionops.cpu.simd import Lanes, vector_loop, word
 
 POINTS = 36  # products of a patch and of a filter
-PATCH, OUTPUTS, TAPS = 6, 4, 3  # extents of an input patch, of its outputs and of a filter
+PATCH = 6  # extent of an input patch
+TAPS = (3, 5)  # extents of filters
 NEAR, FAR = 0.75, 1.5  # the finite points that are not 0, up to their sign
 
 Vectors = list[ir.Value]
+
+
+def outputs_of(taps: int) -> int:
+    """Extent of the outputs of a patch."""
+    return PATCH - taps + 1
 
 
 def _input_1d(v: Lanes, d: Vectors) -> Vectors:
@@ -54,13 +64,14 @@ def _filter_1d(v: Lanes, g: Vectors) -> Vectors:
     values = [v.b.fmul(v.constant(1 / (NEAR * FAR) ** 2), g[0])]
     for point, other in ((NEAR, FAR), (FAR, NEAR)):
         scale = 1 / (2 * point**2 * (point**2 - other**2))
-        even = v.b.fmul(v.constant(scale), f(point**2, g[2], g[0]))
-        values += [f(point * scale, g[1], even), f(-point * scale, g[1], even)]
-    return [*values, g[2]]
+        even, odd = (functools.reduce(lambda sum, x: f(point**2, sum, x), g[first::2][::-1]) for first in (0, 1))
+        even = v.b.fmul(v.constant(scale), even)
+        values += [f(point * scale, odd, even), f(-point * scale, odd, even)]
+    return [*values, g[-1]]
 
 
-def _output_1d(v: Lanes, m: Vectors) -> Vectors:
-    """Aᵀm: coefficient i of the interpolating polynomial sums pⁱ·m over the points p."""
+def _output_1d(v: Lanes, m: Vectors, *, outputs: int) -> Vectors:
+    """Aᵀm: output i sums pⁱ·m over the points p; ∞ is part of the last."""
 
     def f(factor: float, x: ir.Value, y: ir.Value) -> ir.Value:
         return v.multiply_add(v.constant(factor), x, y)
@@ -68,12 +79,12 @@ def _output_1d(v: Lanes, m: Vectors) -> Vectors:
     b = v.b
     sum1, difference1 = b.fadd(m[1], m[2]), b.fsub(m[1], m[2])
     sum2, difference2 = b.fadd(m[3], m[4]), b.fsub(m[3], m[4])
-    return [
-        b.fadd(b.fadd(m[0], sum1), sum2),
-        f(FAR, difference2, b.fmul(v.constant(NEAR), difference1)),
-        f(FAR**2, sum2, b.fmul(v.constant(NEAR**2), sum1)),
-        f(FAR**3, difference2, f(NEAR**3, difference1, m[5])),
-    ]
+    results = [b.fadd(b.fadd(m[0], sum1), sum2)]
+    for i in range(1, outputs):
+        near, far = (difference1, difference2) if i % 2 else (sum1, sum2)
+        start = f(NEAR**i, near, m[5]) if i + 1 == outputs else b.fmul(v.constant(NEAR**i), near)
+        results.append(f(FAR**i, far, start))
+    return results
 
 
 def _both_axes(v: Lanes, one_axis: Callable[[Lanes, Vectors], Vectors], values: list[Vectors]) -> list[Vectors]:
@@ -116,5 +127,5 @@ def _transform(one_axis: Callable[[Lanes, Vectors], Vectors], extent: int) -> An
 
 
 input_transform = _transform(_input_1d, PATCH)
-filter_transform = _transform(_filter_1d, TAPS)
-output_transform = _transform(_output_1d, PATCH)
+filter_transforms = {taps: _transform(_filter_1d, taps) for taps in TAPS}
+output_transforms = {taps: _transform(functools.partial(_output_1d, outputs=outputs_of(taps)), PATCH) for taps in TAPS}

@@ -1,4 +1,4 @@
-"""3×3 convolutions of stride 1 by Winograd's F(4×4, 3×3): 36 products for 16 outputs, where the taps need 144.
+"""Convolutions of stride 1 by Winograd: 36 products for 16 outputs of 3×3 taps (instead of 144), or 4 of 5×5 (of 100).
 
 What such a kernel can run, when it is worth it, and how the work is cut up; `winograd_task` holds the code of a task.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -27,14 +27,14 @@ from fusionops.cpu.tiling import (
     whole_lines,
 )
 from fusionops.cpu.transform import (
-    OUTPUTS,
     PATCH,
     POINTS,
     TAPS,
+    outputs_of,
 )
 from fusionops.cpu.winograd_task import BITS, ITEM, pack_task, shorter_tiles, winograd_task
 from fusionops.device import CpuDevice
-from fusionops.kernel import Kernel
+from fusionops.kernel import Kernel, Operands
 from fusionops.spec import Conv2d, FusionSpec, Merge
 
 # Sums of more channels are cut into chunks of this many, which bounds their error: relative L2 on normal data at most
@@ -49,7 +49,8 @@ FEWEST_TAPS = 0.5
 # SMALL_FILTERS, else than FEWEST_TILES. Of the time tap by tap, with prepacked filters, Winograd took 1.2 to 1.5 with 4
 # tiles (0.47 for 8 images), 0.5 to 1.0 with 9, 0.65 to 0.87 with 16 and 1.07 there with 512 channels and filters (0.53
 # for 4 or 8 images of 256), 0.65 with 25. With filters to transform at each call 0.9 to 2.0 with 9 and 16, 3.1 there
-# with 512 of each, 1.0 with 25.
+# with 512 of each, 1.0 with 25. 5×5 filters, tiles of 2×2: prepacked 0.2 to 0.5 with 9, also with 512 channels and
+# filters; transformed at each call 0.5 to 0.6 with 9 to 25, and 1.7 to 2.0 with 512 of each.
 FEWEST_TILES, ENOUGH_TILES = 9, 25
 SMALL_FILTERS = 1 << 17
 # Filters of a task: with 128 the same problems took 0.98 to 1.07 times as long: each part loads the patches again.
@@ -73,7 +74,7 @@ AREAS = (at.AT_VALUES, at.AT_SUMS, at.AT_COPY, at.AT_FINISHED, at.AT_OUT, at.AT_
 
 @dataclass(frozen=True, kw_only=True)
 class WinogradTiling(Tiling):
-    """A 3×3 convolution by tiles of 4×4 outputs.
+    """A convolution by tiles of outputs × outputs pixels.
 
     tiles      of a task
     row_tiles  at most so many, side by side, are loaded at a time: the width of a strip
@@ -82,6 +83,7 @@ class WinogradTiling(Tiling):
 
     tiles: int
     row_tiles: int
+    outputs: int
     around: bool
 
     __hash__ = Tiling.__hash__
@@ -97,12 +99,17 @@ class WinogradTiling(Tiling):
         return -(-self.tiles // self.mr) * self.mr * self.width + LINE
 
     @property
+    def pitch(self) -> int:
+        """Columns under a strip of tiles."""
+        return self.outputs * (self.row_tiles - 1) + PATCH
+
+    @property
     def areas(self) -> tuple[int, ...]:
         """Of the merged patches, their transforms, sums, a residual, finished outputs, and two tables of pixels."""
-        pixels = OUTPUTS * (OUTPUTS * self.row_tiles + 1)
+        pixels = self.outputs * (self.outputs * self.row_tiles + 1)
         finished = pixels * self.width * (self.task_blocks if self.around else 1) * ITEM
         return whole_lines((
-            PATCH * (OUTPUTS * self.row_tiles + 2) * self.depth * ITEM,
+            PATCH * self.pitch * self.depth * ITEM,
             POINTS * self.point_values * ITEM,
             self.task_blocks * POINTS * self.point_sums * ITEM,
             finished,
@@ -113,7 +120,7 @@ class WinogradTiling(Tiling):
 
 
 def plan(spec: FusionSpec, device: CpuDevice) -> WinogradTiling:
-    """The tiling of a 3×3 convolution: of all that fit the scratch memory, the one that takes CORES least."""
+    """The tiling of a convolution: of all that fit the scratch memory, the one that takes CORES least."""
     return min(_tilings(spec, device), key=lambda candidate: candidate[0])[1]
 
 
@@ -123,7 +130,8 @@ def _tilings(spec: FusionSpec, device: CpuDevice) -> Iterator[tuple[float, Winog
     What decides how filters are packed depends on the filters alone: they are packed once for maps of every size.
     """
     K, C = spec.conv.K, spec.C
-    tiles = spec.N * -(-spec.P // OUTPUTS) * -(-spec.Q // OUTPUTS)
+    outputs = outputs_of(spec.conv.R)
+    tiles = spec.N * -(-spec.P // outputs) * -(-spec.Q // outputs)
     depth = min(C, LINE * balanced(-(-C // LINE), DEPTH // LINE))
     mr, nv = choose_register_tile(K, ITEM, device, narrow=True)
     width = nv * VECTOR_BYTES // ITEM
@@ -140,8 +148,8 @@ def _tilings(spec: FusionSpec, device: CpuDevice) -> Iterator[tuple[float, Winog
         for task_blocks in range(max(1, min(blocks, TASK_FILTERS // width)), 0, -1):
             tiling = WinogradTiling(
                 bits=BITS, mr=mr, nv=nv, depth=depth, chunks=-(-C // depth), blocks=blocks, task_blocks=task_blocks,
-                packed_elements=packed, tiles=task_tiles, row_tiles=balanced(-(-spec.Q // OUTPUTS), RUN),
-                around=is_large and K % width == 0,
+                packed_elements=packed, tiles=task_tiles, row_tiles=balanced(-(-spec.Q // outputs), RUN),
+                outputs=outputs, around=is_large and K % width == 0,
             )  # fmt: skip
             if tiling.scratch_bytes <= SCRATCH_LIMIT:
                 tasks = groups * -(-blocks // task_blocks)
@@ -152,46 +160,62 @@ def _tilings(spec: FusionSpec, device: CpuDevice) -> Iterator[tuple[float, Winog
 
 def cut(spec: FusionSpec, tiling: WinogradTiling, words: Words, filters: Strides | None) -> tuple[int, bool]:
     """The words of tiles and filter blocks; the number of tasks; filters are always packed."""
-    tiles_p, tiles_q = -(-spec.P // OUTPUTS), -(-spec.Q // OUTPUTS)
+    tiles_p, tiles_q = -(-spec.P // tiling.outputs), -(-spec.Q // tiling.outputs)
     tiles = spec.N * tiles_p * tiles_q
     words[[at.TILES_P, at.TILES_Q, at.TILES, at.TASK_TILES, at.ROW_TILES]] = (
         tiles_p, tiles_q, tiles, tiling.tiles, tiling.row_tiles)  # fmt: skip
-    words[at.PITCH] = OUTPUTS * tiling.row_tiles + 2
+    words[at.PITCH] = tiling.pitch
     words[at.AROUND] = tiling.around and words[at.OUT_K] == 1
     words[[at.POINT_VALUES, at.POINT_SUMS]] = tiling.point_values, tiling.point_sums
     words[list(AREAS)] = np.cumsum(tiling.areas)[:-1]
     return -(-tiles // tiling.tiles) * -(-tiling.blocks // tiling.task_blocks), False
 
 
-WINOGRAD = launch.Algorithm(
-    "winograd", cut, lambda tiling: winograd_task(tiling.mr, tiling.nv), lambda bits, stored: pack_task(stored)
-)
+def _algorithm(taps: int) -> launch.Algorithm:
+    return launch.Algorithm(
+        f"winograd {taps}",
+        cut,
+        lambda tiling: winograd_task(tiling.mr, tiling.nv, taps),
+        lambda bits, stored: pack_task(stored, taps),
+    )
+
+
+ALGORITHMS = {taps: _algorithm(taps) for taps in TAPS}
+
+
+def run(spec: FusionSpec, tiling: WinogradTiling, operands: Operands, out: np.ndarray[Any, Any]) -> None:
+    """Writes a convolution to `out`."""
+    launch.run(ALGORITHMS[spec.conv.R], spec, tiling, operands, out)
 
 
 def _share_of_taps(spec: FusionSpec) -> float:
     """How many of all taps fall inside the map."""
 
-    def share(outputs: int, extent: int, before: int) -> float:
+    def share(outputs: int, extent: int, before: int, taps: int) -> float:
         starts = np.arange(outputs) - before
-        inside = np.minimum(starts + TAPS, extent) - np.maximum(starts, 0)
-        return float(np.maximum(inside, 0).sum()) / (TAPS * max(1, outputs))
+        inside = np.minimum(starts + taps, extent) - np.maximum(starts, 0)
+        return float(np.maximum(inside, 0).sum()) / (taps * max(1, outputs))
 
     (top, _), (left, _) = spec.conv.padding
-    return share(spec.P, spec.H, top) * share(spec.Q, spec.W, left)
+    return share(spec.P, spec.H, top, spec.conv.R) * share(spec.Q, spec.W, left, spec.conv.S)
 
 
 def slow(spec: FusionSpec) -> tuple[str, ...]:
     """Why the taps one by one would be faster."""
-    tiles = -(-spec.P // OUTPUTS) * -(-spec.Q // OUTPUTS)  # of one image: the choice does not depend on the batch
+    outputs = outputs_of(spec.conv.R)
+    tiles = -(-spec.P // outputs) * -(-spec.Q // outputs)  # of one image: the choice does not depend on the batch
     enough = FEWEST_TILES if spec.C * spec.conv.K <= SMALL_FILTERS else ENOUGH_TILES
     if tiles < enough:
-        return (f"an image has {tiles} tiles of 4x4 outputs, {enough} are worth transforming the filters",)
+        return (
+            f"an image has {tiles} tiles of {outputs}x{outputs} outputs, {enough} are worth transforming the filters",
+        )
     return ()
 
 
 def products(spec: FusionSpec) -> int:
     """Multiply-adds of the transformed patches, whole tiles at the edges."""
-    return spec.N * -(-spec.P // OUTPUTS) * -(-spec.Q // OUTPUTS) * POINTS * spec.C * spec.conv.K
+    outputs = outputs_of(spec.conv.R)
+    return spec.N * -(-spec.P // outputs) * -(-spec.Q // outputs) * POINTS * spec.C * spec.conv.K
 
 
 def _kernel(merge: Merge, dtype: str) -> Kernel:
@@ -201,8 +225,8 @@ def _kernel(merge: Merge, dtype: str) -> Kernel:
             return (*reasons, "the contraction is not a conv2d")
         conv = spec.conv
         steps = (*conv.stride, *conv.dilation)
-        if (conv.R, conv.S, *steps) != (TAPS, TAPS, 1, 1, 1, 1):
-            reasons.append(f"filters are {conv.R}x{conv.S} with steps {steps}, needs 3x3 with steps of 1")
+        if conv.R != conv.S or conv.R not in TAPS or steps != (1, 1, 1, 1):
+            reasons.append(f"filters are {conv.R}x{conv.S} with steps {steps}, needs 3x3 or 5x5 with steps of 1")
         if spec.C < FEWEST_CHANNELS:
             reasons.append(f"there are {spec.C} channels, needs {FEWEST_CHANNELS} to keep the promised error")
         elif _share_of_taps(spec) < FEWEST_TAPS:
@@ -214,7 +238,7 @@ def _kernel(merge: Merge, dtype: str) -> Kernel:
         return tuple(reasons)
 
     name = f"cpu.{merge}_conv_fprop_winograd_{FORMATS[dtype].suffix}"
-    return Kernel(name, unsupported, plan, partial(launch.run, WINOGRAD), slow, products)
+    return Kernel(name, unsupported, plan, run, slow, products)
 
 
 KERNELS = tuple(_kernel(merge, dtype) for merge in Merge for dtype, form in FORMATS.items() if form.bits == BITS)

@@ -1,6 +1,6 @@
 """The task of a Winograd convolution and its filter packing: output tiles from patches to store. Chooses no extents.
 
-A task owns TASK_TILES tiles of 4×4 outputs, in the order of `locate`, and TASK_BLOCKS filter blocks. For each chunk
+A task owns TASK_TILES tiles of outputs, in the order of `locate`, and TASK_BLOCKS filter blocks. For each chunk
 of channels it loads the merged patches, transforms them, and multiplies them with the transformed filters point by
 point; then it transforms the sums into outputs and finishes them. Order of the sum: chunks of channels, in each the
 channels.
@@ -20,18 +20,18 @@ from fusionops.cpu.prologue import load_tile
 from fusionops.cpu.simd import VECTOR_BYTES, clear, elements, words
 from fusionops.cpu.tiling import WORD_BYTES
 from fusionops.cpu.transform import (
-    OUTPUTS,
     PATCH,
     POINTS,
     TAPS,
-    filter_transform,
+    filter_transforms,
     input_transform,
-    output_transform,
+    output_transforms,
+    outputs_of,
 )
 from fusionops.cpu.transpose import stack_words
 
 BITS, ITEM = 32, 4
-TAP_WORDS = TAPS * TAPS * 64 * ITEM // WORD_BYTES  # of 64 filters: no block is wider
+TAP_WORDS = max(TAPS) ** 2 * 64 * ITEM // WORD_BYTES  # of 64 filters: no block is wider
 
 
 def shorter_tiles(mr: int) -> tuple[int, int]:
@@ -40,7 +40,7 @@ def shorter_tiles(mr: int) -> tuple[int, int]:
 
 
 @inline
-def locate(params, tile, last):
+def locate(params, outputs, tile, last):
     """Image, first output row and column of a tile, and how many tiles from it on, before `last`, lie side by side.
 
     Tiles are numbered along the rows of strips ROW_TILES wide, strip after strip, image after image: tiles that follow
@@ -53,16 +53,15 @@ def locate(params, tile, last):
     strip = min(strip, tiles_q - column)
     here -= column * tiles_p
     count = min(strip - here % strip, last - tile)
-    return n, here // strip * OUTPUTS, (column + here % strip) * OUTPUTS, count
+    return n, here // strip * outputs, (column + here % strip) * outputs, count
 
 
 @inline
-def load_patches(params, region, n, p0, q0, count, c0, depth):
-    """The merged map under `count` tiles side by side, one pixel beyond them on each side; 0 outside the map."""
+def load_patches(params, region, n, p0, q0, cols, c0, depth):
+    """The merged map under tiles side by side, so many columns with what lies around them; 0 outside the map."""
     p = words(params)
     pitch = p[at.PITCH]
     h0, w0 = p0 - p[at.PAD_TOP], q0 - p[at.PAD_LEFT]
-    cols = count * OUTPUTS + 2
     if h0 < 0 or w0 < 0 or h0 + PATCH > p[at.H] or w0 + cols > p[at.W]:
         clear(region, PATCH * pitch * depth * ITEM)
     inside = region + (max(0, -h0) * pitch + max(0, -w0)) * depth * ITEM
@@ -70,10 +69,10 @@ def load_patches(params, region, n, p0, q0, count, c0, depth):
 
 
 @inline
-def place_outputs(params, outs, residuals, n, p0, q0, count):
+def place_outputs(params, outputs, outs, residuals, n, p0, q0, count):
     """Fills the tables of the output pixels of `count` tiles side by side, row by row; returns rows and columns."""
     p = words(params)
-    rows, cols = min(OUTPUTS, p[at.P] - p0), min(count * OUTPUTS, p[at.Q] - q0)
+    rows, cols = min(outputs, p[at.P] - p0), min(count * outputs, p[at.Q] - q0)
     to, residual = words(outs), words(residuals)
     for i in range(rows):
         line = n * p[at.OUT_N] + (p0 + i) * p[at.OUT_P] + q0 * p[at.OUT_Q]
@@ -97,8 +96,9 @@ def store_around(params, finished, outs, rows, cols, k0, count):
 
 
 @functools.cache
-def winograd_task(mr: int, nv: int) -> int:
-    """Address of the task compiled for one register tile."""
+def winograd_task(mr: int, nv: int, taps: int) -> int:
+    """Address of the task compiled for one register tile and extent of filters."""
+    outputs, output_transform = outputs_of(taps), output_transforms[taps]
     width = nv * VECTOR_BYTES // ITEM
     half, quarter = shorter_tiles(mr)
 
@@ -121,12 +121,12 @@ def winograd_task(mr: int, nv: int) -> int:
             depth = min(p[at.DEPTH], p[at.C] - c0)
             tile = first
             while tile < last:
-                n, p0, q0, count = locate(params, tile, last)
-                load_patches(params, region, n, p0, q0, count, c0, depth)
+                n, p0, q0, count = locate(params, outputs, tile, last)
+                load_patches(params, region, n, p0, q0, count * outputs + taps - 1, c0, depth)
                 for i in range(count):
                     to = values + (tile + i - first) * depth * ITEM
                     input_transform(BITS, to, PATCH * point_values, point_values,
-                                    region + i * OUTPUTS * depth * ITEM, pitch * depth, depth, depth)  # fmt: skip
+                                    region + i * outputs * depth * ITEM, pitch * depth, depth, depth)  # fmt: skip
                 tile += count
             # A register tile is always full. The rest is zero: leftovers may be denormal, on which processors are slow.
             if rows != last - first:
@@ -157,8 +157,8 @@ def winograd_task(mr: int, nv: int) -> int:
 
         tile, pixel = first, (block1 - block0) * width if p[at.AROUND] else width  # from one finished pixel to the next
         while tile < last:
-            n, p0, q0, count = locate(params, tile, last)
-            rows, cols = place_outputs(params, outs, residuals, n, p0, q0, count)
+            n, p0, q0, count = locate(params, outputs, tile, last)
+            rows, cols = place_outputs(params, outputs, outs, residuals, n, p0, q0, count)
             for block in range(block0, block1):
                 k0 = block * width
                 used = min(width, p[at.K] - k0)
@@ -169,7 +169,7 @@ def winograd_task(mr: int, nv: int) -> int:
                 aside = (block - block0) * width * ITEM if p[at.AROUND] else 0
                 # Columns beyond the map land in the next row, which the tile that owns them writes afterwards.
                 for i in range(count - 1, -1, -1):
-                    output_transform(BITS, finished + aside + i * OUTPUTS * pixel * ITEM, cols * pixel, pixel,
+                    output_transform(BITS, finished + aside + i * outputs * pixel * ITEM, cols * pixel, pixel,
                                      start + i * width * ITEM, PATCH * point_sums, point_sums, width)  # fmt: skip
                 finish_tile(params, finished + aside, pixel, outs, residuals, copy + aside, rows * cols, k0, used,
                             p[at.OUT_K] != 1 or p[at.AROUND])  # fmt: skip
@@ -183,11 +183,12 @@ def winograd_task(mr: int, nv: int) -> int:
 
 
 @functools.cache
-def pack_task(stored: int) -> int:
+def pack_task(stored: int, taps: int) -> int:
     """Address of the task that transforms and packs one filter block: [chunk][point][block][channel][width].
 
     Words: packed, filters, steps r s c k (elements), R, S, channels and filters, depth, width, blocks.
     """
+    filter_transform = filter_transforms[taps]
 
     def pack(params, index, slot):
         p = words(params)
@@ -197,9 +198,9 @@ def pack_task(stored: int) -> int:
         used = min(width, filters - k0)
         source = p[1] + k0 * step_k * (stored // 8)
         buffer = stack_words(TAP_WORDS)
-        taps = elements(BITS, buffer)
-        for i in range(TAPS * TAPS * width):
-            taps[i] = 0
+        values = elements(BITS, buffer)
+        for i in range(taps * taps * width):
+            values[i] = 0
         for c0 in range(0, channels, depth):
             chunk = min(depth, channels - c0)
             point = blocks * chunk * width
@@ -210,11 +211,11 @@ def pack_task(stored: int) -> int:
                     here = p[1] + (k0 + (c0 + c) * step_c) * ITEM
                     filter_transform(BITS, place, PATCH * point, point, here, step_r, step_s, width)
                     continue
-                for r in range(TAPS):
-                    for s in range(TAPS):
+                for r in range(taps):
+                    for s in range(taps):
                         here = r * step_r + s * step_s + (c0 + c) * step_c
                         for k in range(used):
-                            taps[(r * TAPS + s) * width + k] = load_element(stored, source, here + k * step_k)
-                filter_transform(BITS, place, PATCH * point, point, buffer, TAPS * width, width, width)
+                            values[(r * taps + s) * width + k] = load_element(stored, source, here + k * step_k)
+                filter_transform(BITS, place, PATCH * point, point, buffer, taps * width, width, width)
 
     return task(pack)

@@ -52,6 +52,7 @@ CONVS = (
     "winograd_tile_plus_one",
     "winograd_whole_blocks",
     "winograd_residual",
+    "winograd_5x5_odd_map",
 )
 # Of one
 OTHER_CONVS = (
