@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from fusionops.axes import Strides, add_grid, row_step
 from fusionops.cpu import activation, threads
 from fusionops.cpu.add_task import HEAD, add_task, operand_words
 from fusionops.cpu.block import WEIGHT_KINDS, weight_word, widened
@@ -44,8 +45,6 @@ STREAM_BYTES = 1 << 22
 SPAN_BYTES = 1 << 18
 SPAN_FLOPS = 3.0e6  # which take as long
 SHARES = 2  # at least, of an output smaller than that: a second core that has to be woken still saves a third of 33 µs
-
-Strides = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,72 +83,12 @@ def _config(elements: int, item: int, nontemporal: bool) -> StreamConfig:
 # add
 
 
-@dataclass(frozen=True)
-class Grid:
-    """The iteration space of an add after neighbouring axes are joined: extents, and per operand its steps and factors.
-
-    Operand 0 is the output. `channel` is the axis a vector of weights runs along, or -1.
-    """
-
-    extents: tuple[int, ...]
-    steps: tuple[tuple[int, ...], ...]
-    factors: tuple[tuple[int, ...], ...]
-    channel: int
-
-
-def grid(shape: tuple[int, ...], steps: list[list[int]], factors: list[list[int]], channel: int) -> Grid:
-    """Joins axes that every operand walks through without a jump; axes of extent 1 go first."""
-    keep = [d for d, extent in enumerate(shape) if extent != 1 or d == channel] or [len(shape) - 1]
-    extents = [shape[d] for d in keep]
-    steps = [[s[d] for d in keep] for s in steps]
-    factors = [[f[d] for d in keep] for f in factors]
-    channel = keep.index(channel) if channel >= 0 else -1
-    d = len(extents) - 2
-    while d >= 0:
-        joined = all(s[d] == s[d + 1] * extents[d + 1] for s in steps) and all(f[d] == f[d + 1] == 1 for f in factors)
-        if joined and channel not in (d, d + 1):
-            extents[d : d + 2] = [extents[d] * extents[d + 1]]
-            for s, f in zip(steps, factors, strict=True):
-                del s[d], f[d]
-            channel -= channel > d
-        d -= 1
-    return Grid(tuple(extents), tuple(map(tuple, steps)), tuple(map(tuple, factors)), channel)
-
-
-def _aligned_axes(values: tuple[int, ...], rank: int, shape: tuple[int, ...] | None, fill: int) -> list[int]:
-    """Right-aligned to `rank` axes; broadcast axes (extent 1) get step 0."""
-    padded = [fill] * (rank - len(values)) + list(values)
-    if shape is not None:
-        extents = (1,) * (rank - len(shape)) + shape
-        padded = [0 if extent == 1 else step for extent, step in zip(extents, padded, strict=True)]
-    return padded
-
-
-def _factors(source: SourceSpec, spec: FusionSpec, rank: int) -> list[int]:
-    factors = [1] * rank
-    if source.upsample != (1, 1):
-        h = 1 if spec.layout == "NHWC" else 2
-        factors[h : h + 2] = source.upsample
-    return factors
-
-
 @functools.lru_cache(maxsize=512)
 def add_block(
     spec: FusionSpec, config: StreamConfig, strides: tuple[Strides, ...], out: Strides
 ) -> tuple[array[int], int]:
     """The fixed words of an add, and its number of tasks. Pure."""
-    shape = spec.merged_shape or (1,)
-    rank, item = len(shape), ITEM_BYTES[spec.dtype]
-    steps = [_aligned_axes(tuple(s // item for s in out), rank, None, 0)] if out else [[1]]
-    steps += [
-        _aligned_axes(tuple(s // item for s in step), rank, source.shape, 0)
-        for step, source in zip(strides, spec.sources, strict=True)
-    ]
-    factors = [[1] * rank] + [_factors(source, spec, rank) for source in spec.sources]
-    channel_axis = -1
-    if any(source.weight == "vector" for source in spec.sources):
-        channel_axis = rank - 1 if spec.layout == "NHWC" else 1
-    space = grid(shape, steps, factors, channel_axis)
+    space = add_grid(spec, strides, out)
     inner, rows = space.extents[-1], math.prod(space.extents[:-1])
     pieces = max(1, -(-inner // config.span))
     piece = -(-inner // pieces)
@@ -282,24 +221,6 @@ def run_concat(spec: FusionSpec, config: StreamConfig, operands: Operands, out: 
             alone = FusionSpec(Merge.ADD, (stated,), dtype=spec.dtype, layout=spec.layout)
             weight = operands.weights[j] if operands.weights else None
             run_add(alone, config, Operands((source,), (weight,)), out[where])
-
-
-def row_step(shape: tuple[int, ...], strides: Strides, axis: int, item: int) -> int | None:
-    """Bytes from one row shape[axis:] to the next, if each row is contiguous and the rows are equally spaced."""
-    contiguous = item
-    for extent, step in zip(shape[axis:][::-1], strides[axis:][::-1], strict=True):
-        if extent != 1 and step != contiguous:
-            return None
-        contiguous *= extent
-    outer = [(extent, step) for extent, step in zip(shape[:axis], strides[:axis], strict=True) if extent != 1]
-    if not outer:
-        return contiguous
-    row = reach = outer[-1][1]
-    for extent, step in outer[::-1]:
-        if step != reach:
-            return None
-        reach *= extent
-    return row
 
 
 def _kernel(name: str, merge: Merge, dtype: str | None, run: Any) -> Kernel:
