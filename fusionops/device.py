@@ -36,3 +36,33 @@ NEON_PHONE = CpuDevice("neon-phone", 16, 32, True, 64 * KIB, 512 * KIB, 4 * MIB)
 SSE2_GENERIC = CpuDevice("sse2-generic", 16, 16, False, 32 * KIB, 256 * KIB, 2 * MIB)
 
 CPU_PROFILES = (AVX512_SERVER, AVX2_LAPTOP, NEON_PHONE, SSE2_GENERIC)
+
+
+@dataclass(frozen=True, slots=True)
+class GpuDevice:
+    """What the GPU kernels plan with.
+
+    capability          compute capability, (major, minor)
+    multiprocessors     of the device
+    registers           32-bit registers of a multiprocessor
+    shared_bytes        shared memory of a multiprocessor, of which a block may use `block_shared_bytes`
+    threads             resident on a multiprocessor at most
+    l2_bytes            the cache that all multiprocessors share
+    """
+
+    name: str
+    capability: tuple[int, int]
+    multiprocessors: int
+    registers: int
+    shared_bytes: int
+    block_shared_bytes: int
+    threads: int
+    l2_bytes: int
+
+
+A100 = GpuDevice("a100", (8, 0), 108, 65536, 164 * KIB, 163 * KIB, 2048, 40 * MIB)
+RTX_4090 = GpuDevice("rtx-4090", (8, 9), 128, 65536, 100 * KIB, 99 * KIB, 1536, 72 * MIB)
+H100 = GpuDevice("h100", (9, 0), 132, 65536, 228 * KIB, 227 * KIB, 2048, 50 * MIB)
+H200 = GpuDevice("h200", (9, 0), 132, 65536, 228 * KIB, 227 * KIB, 2048, 60 * MIB)
+
+GPU_PROFILES = (A100, RTX_4090, H100, H200)

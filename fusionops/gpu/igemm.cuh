@@ -1,0 +1,50 @@
+// What implicit matrix products share: launch parameters, output pixels, loads of maps, the end of a sum.
+#pragma once
+#include "common.cuh"
+
+struct MapSource {
+    const void* base;
+    i64 steps[4];  // N H W C
+    i64 up_h, up_w;
+    i64 first;     // of its channels in a concatenation
+    Weight weight;
+};
+
+template <int SOURCES> struct IgemmParams {
+    i64 N, H, W, C, K, R, S, P, Q;  // C and K of one group
+    i64 stride_h, stride_w, pad_top, pad_left, dilation_h, dilation_w;
+    i64 groups, sources, activation;
+    double slope;
+    const void* filters;
+    i64 filter_steps[4];  // r s c k
+    const void* bias;     // or null
+    void* out;
+    i64 out_steps[4];     // n p q k
+    MapSource residual;   // base null: none; along N P Q K
+    MapSource source[SOURCES];
+};
+
+// An output pixel (n, p, q), and where its first tap lies in the map.
+struct Pixel { int n, p, q, h, w; };
+
+template <int SOURCES> __device__ __forceinline__ Pixel pixel_of(const IgemmParams<SOURCES>& p, i64 m) {
+    const i64 line = m / p.Q;
+    const int q = int(m - line * p.Q), n = int(line / p.P), row = int(line - n * p.P);
+    return Pixel{n, row, q, int(row * p.stride_h - p.pad_top), int(q * p.stride_w - p.pad_left)};
+}
+
+template <class T> __device__ __forceinline__ Wide<T> load_map(const MapSource& from, int n, int h, int w, i64 c) {
+    if (from.up_h != 1) h /= int(from.up_h);
+    if (from.up_w != 1) w /= int(from.up_w);
+    const i64 offset = n * from.steps[0] + h * from.steps[1] + w * from.steps[2] + c * from.steps[3];
+    return weighted<T>(from.weight, widen(static_cast<const T*>(from.base)[offset]), c);
+}
+
+// Bias, residual and activation of one sum, and its store; k counts the filters of all groups.
+template <class T, int SOURCES>
+__device__ __forceinline__ void finish(const IgemmParams<SOURCES>& p, const Pixel& at, i64 k, Wide<T> y) {
+    if (p.bias) y = add_rn(y, widen(static_cast<const T*>(p.bias)[k]));
+    if (p.residual.base) y = add_rn(y, load_map<T>(p.residual, at.n, at.p, at.q, k));
+    const i64 place = at.n * p.out_steps[0] + at.p * p.out_steps[1] + at.q * p.out_steps[2] + k * p.out_steps[3];
+    static_cast<T*>(p.out)[place] = narrow<T>(activated<Wide<T>>(p.activation, p.slope, y));
+}

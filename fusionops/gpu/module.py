@@ -1,0 +1,137 @@
+"""From CUDA C to functions: sources, compiler flags, and the runtime that compiles, addresses and launches.
+
+The one place that launches. Kernels reach CuPy as a `Runtime`; tests put one in its place that executes the same
+sources on the host (`use`).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+Extent = tuple[int, ...]
+
+FLAGS = (
+    "-std=c++17",
+    "-fmad=false",  # a multiply-add is written out where it is wanted: the merge rounds products and sums one by one
+)
+BLOCK_SHARED_BYTES = 48 * 1024  # of dynamic shared memory, which every kernel may use unasked
+
+HERE = Path(__file__).parent
+
+
+class Function(Protocol):
+    """A compiled kernel, as CuPy's RawKernel is."""
+
+    max_dynamic_shared_size_bytes: int
+
+    def __call__(self, grid: Extent, block: Extent, args: tuple[Any, ...], *, shared_mem: int = 0) -> Any: ...
+
+
+class Runtime(Protocol):
+    """Where kernels run.
+
+    library    the array library whose arrays they take: what has no kernel is left to it
+    function(source, name)   an instantiation of a kernel of one of the sources in this folder
+    address(array)           of its first element, as the device sees it
+    """
+
+    @property
+    def library(self) -> Any: ...
+
+    def function(self, source: str, name: str) -> Function: ...
+
+    def address(self, array: Any) -> int: ...
+
+
+@functools.cache
+def read_source(name: str) -> str:
+    """A source with the headers of this folder in place: the text alone then decides what CuPy's cache holds."""
+    seen: set[str] = set()
+
+    def lines(name: str) -> Iterator[str]:
+        seen.add(name)
+        for line in (HERE / name).read_text(encoding="utf-8").splitlines():
+            included = line.removeprefix('#include "').removesuffix('"') if line.startswith('#include "') else None
+            if included is None:
+                if line != "#pragma once":
+                    yield line
+            elif included not in seen:
+                yield from lines(included)
+
+    return "\n".join(lines(name)) + "\n"
+
+
+class CupyRuntime:
+    """Kernels compiled by CuPy for the current device, launched on its current stream."""
+
+    def __init__(self) -> None:
+        import cupy
+
+        self.library: Any = cupy
+        self._functions: dict[tuple[int, str, str], Function] = {}
+
+    def function(self, source: str, name: str) -> Function:
+        key = self.library.cuda.runtime.getDevice(), source, name
+        made = self._functions.get(key)
+        if made is None:
+            module = self.library.RawModule(code=read_source(source), options=FLAGS, name_expressions=(name,))
+            made = self._functions[key] = module.get_function(name)
+        return made
+
+    def address(self, array: Any) -> int:
+        return int(array.data.ptr)
+
+
+_runtime: Runtime | None = None
+
+
+def runtime() -> Runtime:
+    """CuPy's, unless a test put another one in its place."""
+    global _runtime
+    if _runtime is None:
+        _runtime = CupyRuntime()
+    return _runtime
+
+
+@contextmanager
+def use(other: Runtime) -> Iterator[Runtime]:
+    """Lets kernels run in `other` for the body of a with statement."""
+    global _runtime
+    before, _runtime = _runtime, other
+    try:
+        yield other
+    finally:
+        _runtime = before
+
+
+def launch(
+    source: str, name: str, grid: Extent, block: int, params: np.ndarray[Any, Any], shared_bytes: int = 0
+) -> None:
+    """Starts a kernel whose one parameter is a struct; returns before it has run."""
+    function = runtime().function(source, name)
+    if shared_bytes > BLOCK_SHARED_BYTES and function.max_dynamic_shared_size_bytes < shared_bytes:
+        function.max_dynamic_shared_size_bytes = shared_bytes
+    function(grid, (block,), (params,), shared_mem=shared_bytes)
+
+
+def on_device_of(array: Any) -> AbstractContextManager[Any]:
+    """Makes the device of `array` the current one for the body of a with statement."""
+    context: AbstractContextManager[Any] = array.device
+    return context
+
+
+def empty(shape: Extent, dtype: Any) -> Any:
+    """An array with arbitrary contents on the current device."""
+    return runtime().library.empty(shape, dtype)
+
+
+def borrow(array: Any) -> Any:
+    """Another library's array on a GPU, without a copy: by DLPack, else by `__cuda_array_interface__`."""
+    library = runtime().library
+    return library.from_dlpack(array) if hasattr(array, "__dlpack__") else library.asarray(array)
