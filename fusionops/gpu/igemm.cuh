@@ -13,7 +13,7 @@ struct MapSource {
 template <int SOURCES> struct IgemmParams {
     i64 N, H, W, C, K, R, S, P, Q;  // C and K of one group
     i64 stride_h, stride_w, pad_top, pad_left, dilation_h, dilation_w;
-    i64 groups, sources, activation;
+    i64 groups, sources, activation, vectors_a, vectors_b;  // the last two: see mma.cu
     double slope;
     const void* filters;
     i64 filter_steps[4];  // r s c k

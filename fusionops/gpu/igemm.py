@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,9 +33,10 @@ SOURCE = "igemm.cu"
 MAP = np.dtype([("base", "u8"), ("steps", "i8", 4), ("up_h", "i8"), ("up_w", "i8"), ("first", "i8"),
                 ("weight", WEIGHT)])  # fmt: skip
 EXTENTS = ("N", "H", "W", "C", "K", "R", "S", "P", "Q", "stride_h", "stride_w", "pad_top", "pad_left", "dilation_h",
-           "dilation_w", "groups", "sources", "activation")  # fmt: skip
+           "dilation_w", "groups", "sources", "activation", "vectors_a", "vectors_b")  # fmt: skip
 TERM_BYTES, PIXEL_BYTES = 24, 20  # of the source's tables
 READ = 4  # numbers that one instruction reads from shared memory
+RUN_BYTES = 16  # of the runs that tensor core kernels copy
 
 
 def igemm_struct(most: int) -> np.dtype[Any]:
@@ -78,27 +81,34 @@ def computed_bytes(dtype: str) -> int:
     return max(4, ITEM_BYTES[dtype])
 
 
-def symbol(dtype: str, merge: Merge, tile: Tile, most: int) -> str:
+def symbol(dtype: str, merge: Merge, tile: Tile) -> str:
     extents = f"{tile.bm}, {tile.bn}, {tile.bl}, {tile.tm}, {tile.tn}"
-    return f"conv_fprop_igemm<{TYPES[dtype]}, {str(merge is Merge.ADD).lower()}, {extents}, {most}>"
+    return f"conv_fprop_igemm<{TYPES[dtype]}, {str(merge is Merge.ADD).lower()}, {extents}, {{sources}}>"
 
 
-SYMBOLS = tuple(
-    symbol(dtype, merge, tile, most)
-    for dtype in TYPES
-    for merge in Merge
-    for tile in TILES[computed_bytes(dtype)]
-    for most in CAPACITIES
+def instantiations(symbols: Iterable[str]) -> tuple[str, ...]:
+    return tuple(symbol.format(sources=most) for symbol in symbols for most in CAPACITIES)
+
+
+SYMBOLS = instantiations(
+    symbol(dtype, merge, tile) for dtype in TYPES for merge in Merge for tile in TILES[computed_bytes(dtype)]
 )
 """Every instantiation that a plan can ask for."""
 
 
 @dataclass(frozen=True, slots=True)
 class IgemmConfig:
-    """tile   of a block; blocks   of the launch; block_shared_bytes   of each"""
+    """One launch.
 
-    tile: Tile
+    source, symbol   the kernel, but for the number of sources that it has room for
+    blocks, threads  of the launch, and of a block
+    block_shared_bytes   shared memory of a block
+    """
+
+    source: str
+    symbol: str
     blocks: int
+    threads: int
     block_shared_bytes: int
 
     @property
@@ -116,8 +126,8 @@ class IgemmConfig:
                 f"a block needs {self.block_shared_bytes} B of shared memory, {device.name} has "
                 f"{device.block_shared_bytes}"
             )
-        if self.tile.threads > device.threads:
-            reasons.append(f"a block has {self.tile.threads} threads, {device.name} runs {device.threads}")
+        if self.threads > device.threads:
+            reasons.append(f"a block has {self.threads} threads, {device.name} runs {device.threads}")
         return tuple(reasons)
 
 
@@ -133,7 +143,8 @@ def plan(spec: FusionSpec, device: GpuDevice) -> IgemmConfig:
 
 
 def with_tile(spec: FusionSpec, tile: Tile) -> IgemmConfig:
-    return IgemmConfig(tile, _blocks(spec, tile), tile.shared_bytes(computed_bytes(spec.dtype)))
+    shared_bytes = tile.shared_bytes(computed_bytes(spec.dtype))
+    return IgemmConfig(SOURCE, symbol(spec.dtype, spec.merge, tile), _blocks(spec, tile), tile.threads, shared_bytes)
 
 
 def _blocks(spec: FusionSpec, tile: Tile) -> int:
@@ -161,32 +172,47 @@ def _filter_steps(strides: Strides, spec: FusionSpec) -> tuple[int, ...]:
 
 @functools.lru_cache(maxsize=512)
 def prepare(
-    spec: FusionSpec, sources: tuple[Strides, ...], filters: Strides, out: Strides, residual: Strides | None
+    spec: FusionSpec,
+    sources: tuple[Strides, ...],
+    filters: Strides,
+    out: Strides,
+    residual: Strides | None,
+    aligned: tuple[bool, bool],
 ) -> Struct:
-    """The parameters but for addresses and weights."""
+    """The parameters but for addresses and weights; aligned: whether those of sources, of filters are, to runs."""
     struct = np.zeros(1, igemm_struct(capacity(len(sources))))
     head, conv = struct[0], spec.conv
     (top, _), (left, _) = conv.padding
-    values = (spec.N, spec.H, spec.W, spec.C // conv.groups, conv.K // conv.groups, conv.R, conv.S, spec.P, spec.Q,
-              *conv.stride, top, left, *conv.dilation, conv.groups, len(sources),
-              activation_code(spec.activation))  # fmt: skip
+    channels, group_filters = spec.C // conv.groups, conv.K // conv.groups
+    source_steps = [_map_steps(steps, spec) for steps in sources]
+    filter_steps = _filter_steps(filters, spec)
+    firsts = [0] * len(sources) if spec.merge is Merge.ADD else [0, *itertools.accumulate(spec.channels[:-1])]
+    run = RUN_BYTES // ITEM_BYTES[spec.dtype]
+    vectors_a = aligned[0] and _in_runs((channels, *firsts), source_steps, run)
+    if spec.merge is Merge.CONCAT and any(source.weight for source in spec.sources):
+        vectors_a = False
+    vectors_b = aligned[1] and _in_runs((group_filters,), [filter_steps], run)
+    values = (spec.N, spec.H, spec.W, channels, group_filters, conv.R, conv.S, spec.P, spec.Q, *conv.stride, top, left,
+              *conv.dilation, conv.groups, len(sources), activation_code(spec.activation),
+              vectors_a, vectors_b)  # fmt: skip
     for name, value in zip(EXTENTS, values, strict=True):
         head[name] = value
     head["slope"] = slope(spec.activation)
-    head["filter_steps"], head["out_steps"] = _filter_steps(filters, spec), _map_steps(out, spec)
-    first = 0
-    for field, source, steps in zip(head["source"], spec.sources, sources, strict=False):
-        _set_map(field, source, steps, spec)
-        field["first"] = first
-        first += source.shape[spec.channel_axis]
+    head["filter_steps"], head["out_steps"] = filter_steps, _map_steps(out, spec)
+    for field, source, steps, first in zip(head["source"], spec.sources, source_steps, firsts, strict=False):
+        field["steps"], field["first"] = steps, first
+        field["up_h"], field["up_w"] = source.upsample
     if spec.residual is not None and residual is not None:
-        _set_map(head["residual"], spec.residual, residual, spec)
+        head["residual"]["steps"] = _map_steps(residual, spec)
+        head["residual"]["up_h"], head["residual"]["up_w"] = spec.residual.upsample
     return struct
 
 
-def _set_map(field: Any, source: SourceSpec, strides: Strides, spec: FusionSpec) -> None:
-    field["steps"] = _map_steps(strides, spec)
-    field["up_h"], field["up_w"] = source.upsample
+def _in_runs(extents: tuple[int, ...], steps: list[tuple[int, ...]], run: int) -> bool:
+    """Whether arrays of these steps, the last along what lies side by side, consist of whole runs."""
+    return all(extent % run == 0 for extent in extents) and all(
+        last == 1 and all(step % run == 0 for step in others) for *others, last in steps
+    )
 
 
 def run(spec: FusionSpec, config: IgemmConfig, operands: Operands, out: Any) -> None:
@@ -196,26 +222,28 @@ def run(spec: FusionSpec, config: IgemmConfig, operands: Operands, out: Any) -> 
     address = runtime().address
     filters: Any = operands.filters.array if isinstance(operands.filters, Filters) else operands.filters
     residual = operands.residual
+    places, filters_place = [address(source) for source in operands.sources], address(filters)
     struct = prepare(
         spec,
         tuple([tuple(source.strides) for source in operands.sources]),
         tuple(filters.strides),
         tuple(out.strides),
         None if residual is None else tuple(residual.strides),
+        (all(place % RUN_BYTES == 0 for place in places), filters_place % RUN_BYTES == 0),
     ).copy()
     head = struct[0]
-    head["filters"], head["out"] = address(filters), address(out)
+    head["filters"], head["out"] = filters_place, address(out)
     if operands.bias is not None:
         head["bias"] = address(operands.bias)
     if spec.residual is not None:
         head["residual"]["base"] = address(residual)
         set_weight(head["residual"]["weight"], spec.residual.weight, operands.residual_weight)
     weights = operands.weights or (None,) * len(operands.sources)
-    for field, array, source, weight in zip(head["source"], operands.sources, spec.sources, weights, strict=False):
-        field["base"] = address(array)
+    for field, place, source, weight in zip(head["source"], places, spec.sources, weights, strict=False):
+        field["base"] = place
         set_weight(field["weight"], source.weight, weight)
-    name = symbol(spec.dtype, spec.merge, config.tile, capacity(len(operands.sources)))
-    launch(SOURCE, name, (config.blocks,), config.tile.threads, struct, config.block_shared_bytes)
+    name = config.symbol.format(sources=capacity(len(places)))
+    launch(config.source, name, (config.blocks,), config.threads, struct, config.block_shared_bytes)
 
 
 def _with_stored_map(spec: FusionSpec, operands: Operands) -> tuple[FusionSpec, Operands]:
@@ -231,22 +259,25 @@ def _with_stored_map(spec: FusionSpec, operands: Operands) -> tuple[FusionSpec, 
     return rest, replace(operands, sources=(merged,), weights=(), merged=None)
 
 
+def common_reasons(spec: FusionSpec, merge: Merge, contraction: type[Conv2d] | type[Dense], dtype: str) -> list[str]:
+    """Why no implicit matrix product of this kind can run `spec`."""
+    reasons = []
+    if spec.direction is not Direction.FPROP:
+        reasons.append(f"direction is {spec.direction}, needs fprop")
+    if spec.merge is not merge:
+        reasons.append(f"merge is {spec.merge}, needs {merge}")
+    if spec.dtype != dtype:
+        reasons.append(f"dtype is {spec.dtype}, needs {dtype}")
+    if not isinstance(spec.contraction, contraction):
+        reasons.append(f"the contraction is not a {contraction.__name__.lower()}")
+    asked = [name for name in ("scale", "shift", "activation") if any(getattr(source, name) for source in spec.sources)]
+    reasons += [f"a source has {name}, which the load does not apply yet" for name in asked]
+    return reasons
+
+
 def _kernel(merge: Merge, contraction: type[Conv2d] | type[Dense], dtype: str) -> Kernel:
     def unsupported(spec: FusionSpec) -> tuple[str, ...]:
-        reasons = []
-        if spec.direction is not Direction.FPROP:
-            reasons.append(f"direction is {spec.direction}, needs fprop")
-        if spec.merge is not merge:
-            reasons.append(f"merge is {spec.merge}, needs {merge}")
-        if spec.dtype != dtype:
-            reasons.append(f"dtype is {spec.dtype}, needs {dtype}")
-        if not isinstance(spec.contraction, contraction):
-            reasons.append(f"the contraction is not a {contraction.__name__.lower()}")
-        asked = [
-            name for name in ("scale", "shift", "activation") if any(getattr(source, name) for source in spec.sources)
-        ]
-        reasons += [f"a source has {name}, which the load does not apply yet" for name in asked]
-        return tuple(reasons)
+        return tuple(common_reasons(spec, merge, contraction, dtype))
 
     word = "conv" if contraction is Conv2d else "dense"
     return Kernel(f"gpu.{merge}_{word}_fprop_igemm_{SUFFIXES[dtype]}", unsupported, plan, run)

@@ -79,3 +79,152 @@ __device__ __forceinline__ bf16 narrow_bf16(float x) {
 }
 #endif
 __device__ __forceinline__ float widen(bf16 x) { return __uint_as_float(u32(x.bits) << 16); }
+
+// Sums and products of two 16-bit numbers at once, each rounded once. bfloat16 has only the multiply-add on sm_80: with a
+// factor of 1 it is a sum, with a summand of −0 a product.
+#ifdef FUSIONOPS_HOST
+template <class T> inline T narrow_to(float x);
+template <> inline f16 narrow_to<f16>(float x) { return narrow_f16(x); }
+template <> inline bf16 narrow_to<bf16>(float x) { return narrow_bf16(x); }
+template <class T> inline u32 add_pair(u32 a, u32 b) {
+    const float low = widen(T{u16(a)}) + widen(T{u16(b)}), high = widen(T{u16(a >> 16)}) + widen(T{u16(b >> 16)});
+    return narrow_to<T>(low).bits | u32(narrow_to<T>(high).bits) << 16;
+}
+template <class T> inline u32 mul_pair(u32 a, u32 b) {
+    const float low = widen(T{u16(a)}) * widen(T{u16(b)}), high = widen(T{u16(a >> 16)}) * widen(T{u16(b >> 16)});
+    return narrow_to<T>(low).bits | u32(narrow_to<T>(high).bits) << 16;
+}
+#else
+template <class T> __device__ u32 add_pair(u32 a, u32 b);
+template <class T> __device__ u32 mul_pair(u32 a, u32 b);
+template <> __device__ __forceinline__ u32 add_pair<f16>(u32 a, u32 b) {
+    u32 c;
+    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
+    return c;
+}
+template <> __device__ __forceinline__ u32 mul_pair<f16>(u32 a, u32 b) {
+    u32 c;
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
+    return c;
+}
+template <> __device__ __forceinline__ u32 add_pair<bf16>(u32 a, u32 b) {
+    u32 c;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(c) : "r"(a), "r"(0x3F803F80u), "r"(b));
+    return c;
+}
+template <> __device__ __forceinline__ u32 mul_pair<bf16>(u32 a, u32 b) {
+    u32 c;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(c) : "r"(a), "r"(b), "r"(0x80008000u));
+    return c;
+}
+#endif
+
+// Copies of 16 bytes from global to shared memory that run beside the kernel, in groups. Of each the first `bytes` (0 or
+// 16) are read and the rest is zero. On the host they happen when they are waited for, not before.
+#ifdef FUSIONOPS_HOST
+#include <vector>
+struct PendingCopy { void* to; const void* from; int bytes; };
+inline std::vector<std::vector<PendingCopy>>& pending_copies() {
+    static thread_local std::vector<std::vector<std::vector<PendingCopy>>> of_threads(1024);
+    return of_threads[threadIdx.x];
+}
+inline void copy_async(void* to, const void* from, int bytes) {
+    auto& groups = pending_copies();
+    if (groups.empty()) groups.emplace_back();
+    groups.back().push_back({to, from, bytes});
+}
+inline void copy_commit() { pending_copies().emplace_back(); }
+template <int OPEN> inline void copy_wait() {  // until at most OPEN committed groups are under way
+    auto& groups = pending_copies();
+    while (int(groups.size()) > OPEN + 1) {
+        for (const PendingCopy& copy : groups.front()) {
+            memset(copy.to, 0, 16);
+            memcpy(copy.to, copy.from, copy.bytes);
+        }
+        groups.erase(groups.begin());
+    }
+}
+#else
+__device__ __forceinline__ u32 shared_address(const void* p) { return u32(__cvta_generic_to_shared(p)); }
+__device__ __forceinline__ void copy_async(void* to, const void* from, int bytes) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int OPEN> __device__ __forceinline__ void copy_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(OPEN) : "memory");
+}
+#endif
+
+// Four 8×8 matrices of 16-bit numbers, whose rows of 16 bytes lie where the lanes say: lanes 0–7 name the rows of the
+// first, and so on. A lane receives of each the elements (lane/4, 2·(lane%4)) and the next in its row; turned, of the
+// transpose.
+#ifdef FUSIONOPS_HOST
+template <bool TURNED> inline void load_matrices(u32 (&to)[4], const void* row) {
+    struct Lane { const u16* row; u32 to[4]; } mine{static_cast<const u16*>(row), {}};
+    fusionops_host::warp_collective(~0u, mine, [](auto lanes) {
+        for (int lane = 0; lane < 32; ++lane)
+            for (int m = 0; m < 4; ++m) {
+                const int r = lane / 4, c = lane % 4 * 2;
+                const u16 low = TURNED ? lanes[m * 8 + c].row[r] : lanes[m * 8 + r].row[c];
+                const u16 high = TURNED ? lanes[m * 8 + c + 1].row[r] : lanes[m * 8 + r].row[c + 1];
+                lanes[lane].to[m] = low | u32(high) << 16;
+            }
+    });
+    memcpy(to, mine.to, sizeof to);
+}
+#else
+template <bool TURNED> __device__ __forceinline__ void load_matrices(u32 (&to)[4], const void* row) {
+    if (TURNED)
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(shared_address(row)) : "memory");
+    else
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(shared_address(row)) : "memory");
+}
+#endif
+
+// sums (16×8) += a (16×16) · b (16×8), products summed in float32. With g = lane/4 and t = lane%4 a lane holds
+//   a: (g, 2t) (g+8, 2t) (g, 2t+8) (g+8, 2t+8), two neighbours in a row each     b: (2t, g) (2t+8, g), two in a column
+//   sums: (g, 2t) (g, 2t+1) (g+8, 2t) (g+8, 2t+1)
+#ifdef FUSIONOPS_HOST
+template <class T> inline void multiply_tile(float (&sums)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+    struct Lane { float sums[4]; u32 a[4], b[2]; } mine;
+    memcpy(mine.sums, sums, sizeof sums), memcpy(mine.a, a, sizeof a), memcpy(mine.b, b, sizeof b);
+    fusionops_host::warp_collective(~0u, mine, [](auto lanes) {
+        float rows[16][16], columns[8][16];
+        auto half_of = [](u32 pair, int i) { return widen(T{u16(pair >> 16 * i)}); };
+        for (int lane = 0; lane < 32; ++lane) {
+            const int g = lane / 4, t = lane % 4 * 2;
+            for (int i = 0; i < 2; ++i) {
+                for (int r = 0; r < 4; ++r) rows[g + r % 2 * 8][t + r / 2 * 8 + i] = half_of(lanes[lane].a[r], i);
+                for (int r = 0; r < 2; ++r) columns[g][t + r * 8 + i] = half_of(lanes[lane].b[r], i);
+            }
+        }
+        for (int lane = 0; lane < 32; ++lane)
+            for (int i = 0; i < 4; ++i) {
+                float sum = 0;
+                for (int k = 0; k < 16; ++k) sum += rows[lane / 4 + i / 2 * 8][k] * columns[lane % 4 * 2 + i % 2][k];
+                lanes[lane].sums[i] += sum;
+            }
+    });
+    memcpy(sums, mine.sums, sizeof sums);
+}
+#else
+template <class T> struct Multiply;
+#define FUSIONOPS_MULTIPLY(T, name)                                                                             \
+    template <> struct Multiply<T> {                                                                            \
+        static __device__ __forceinline__ void tile(float (&sums)[4], const u32 (&a)[4], const u32 (&b)[2]) {   \
+            asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." name "." name ".f32 "                         \
+                         "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                      \
+                         : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])                           \
+                         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                   \
+        }                                                                                                       \
+    };
+FUSIONOPS_MULTIPLY(f16, "f16")
+FUSIONOPS_MULTIPLY(bf16, "bf16")
+#undef FUSIONOPS_MULTIPLY
+template <class T>
+__device__ __forceinline__ void multiply_tile(float (&sums)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+    Multiply<T>::tile(sums, a, b);
+}
+#endif

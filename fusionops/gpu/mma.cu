@@ -1,0 +1,228 @@
+// {add,concat}_{conv,dense}_fprop_igemm_sm80: the implicit matrix product of igemm.cu on tensor cores, float16 and bfloat16
+// with sums in float32.
+//
+//   y[m,k] = act( Σ_l a[m,l] · b[l,k] + bias[k] + residual[m,k] )     l = (r, s, c) of one group
+//
+// A block of 8 warps owns 128 pixels × 128 filters of one group, a warp 64 × 32 of them. A step of the sum is one tap and
+// 32 merged channels, whose a and b (8 KiB each) wait in one of STAGES buffers. Filters, and sources of a concatenation,
+// are copied there asynchronously, STAGES − 1 steps ahead; a sum of sources is loaded and merged before a step is
+// multiplied, and stored after it. Concatenation is an order of visits: where runs of 8 channels belong to one source
+// each, every run is read from where it lies. What is not aligned so is gathered element by element into the same
+// places: strides never change a bit. Order of the sum: taps, in each the runs of 16 merged channels.
+//
+// Rows of a buffer are stored with their 16-byte pieces exchanged (`piece_a`, `piece_b`), so that the eight rows that one
+// matrix load reads lie in different banks.
+//
+// Requires: sm_80, 256 threads, shared memory of `mma.BLOCK_SHARED_BYTES`. vectors_a only if channels have step 1 and
+// every other step, first channel and base of the sources, and C, is a multiple of 8; vectors_b likewise of the filters.
+#include "igemm.cuh"
+
+const int BM = 128, BN = 128, BC = 32, STAGES = 4, THREADS = 256;
+const int RUN = 8;  // elements of 16 bytes
+
+// Where the 16 bytes `piece` of a row begin, in elements of its buffer.
+__device__ __forceinline__ int piece_a(int row, int piece) { return row * BC + (piece ^ row / 2 % 4) * RUN; }
+__device__ __forceinline__ int piece_b(int row, int piece) { return row * BN + (piece ^ row % 8) * RUN; }
+
+// A step of the sum: its tap and first channel, counted in one group.
+struct Step {
+    int r, s, c;
+
+    template <int SOURCES> __device__ __forceinline__ void advance(const IgemmParams<SOURCES>& p) {
+        c += BC;
+        if (c < p.C) return;
+        c = 0;
+        if (++s < p.S) return;
+        s = 0;
+        ++r;
+    }
+};
+
+template <int SOURCES> __device__ __forceinline__ int source_at(const IgemmParams<SOURCES>& p, int c) {
+    int low = 0, high = int(p.sources);  // the last one that begins at c or before it
+    while (high - low > 1) {
+        const int middle = (low + high) / 2;
+        if (p.source[middle].first <= c) low = middle; else high = middle;
+    }
+    return low;
+}
+
+__device__ __forceinline__ i64 offset_of(const MapSource& from, int n, int h, int w) {
+    if (from.up_h != 1) h /= int(from.up_h);
+    if (from.up_w != 1) w /= int(from.up_w);
+    return n * from.steps[0] + h * from.steps[1] + w * from.steps[2];
+}
+
+// RUN neighbouring channels, from c on, of a sum of sources whose channels lie side by side; two in a word.
+template <class T, int SOURCES>
+__device__ __forceinline__ uint4 summed_run(const IgemmParams<SOURCES>& p, int n, int h, int w, int c) {
+    uint4 sum;
+    for (int j = 0; j < p.sources; ++j) {
+        const MapSource& from = p.source[j];
+        const Weight& weight = from.weight;
+        uint4 x = *reinterpret_cast<const uint4*>(static_cast<const T*>(from.base) + offset_of(from, n, h, w) + c);
+        if (weight.kind != WEIGHT_NONE) {
+            const u32 twice = narrow<T>(float(weight.number)).bits * 0x10001u;
+            uint4 factors = make_uint4(twice, twice, twice, twice);
+            if (weight.kind == WEIGHT_VECTOR) {
+                const u16* const vector = static_cast<const u16*>(weight.vector) + c;
+                factors = make_uint4(vector[0] | vector[1] << 16, vector[2] | vector[3] << 16,
+                                     vector[4] | vector[5] << 16, vector[6] | vector[7] << 16);
+            }
+            x = make_uint4(mul_pair<T>(factors.x, x.x), mul_pair<T>(factors.y, x.y), mul_pair<T>(factors.z, x.z),
+                           mul_pair<T>(factors.w, x.w));
+        }
+        sum = j == 0 ? x : make_uint4(add_pair<T>(sum.x, x.x), add_pair<T>(sum.y, x.y), add_pair<T>(sum.z, x.z),
+                                      add_pair<T>(sum.w, x.w));
+    }
+    return sum;
+}
+
+// One element of the merged map, from wherever it lies.
+template <class T, bool ADD, int SOURCES>
+__device__ __forceinline__ T gathered(const IgemmParams<SOURCES>& p, int n, int h, int w, int c) {
+    const int first = ADD ? 0 : source_at(p, c);
+    const int channel = c - (ADD ? 0 : int(p.source[first].first));
+    float x = load_map<T>(p.source[first], n, h, w, channel);
+    if (ADD)
+        for (int j = 1; j < p.sources; ++j) x = merge_add<T>(x, load_map<T>(p.source[j], n, h, w, channel));
+    return narrow<T>(x);
+}
+
+template <class T, bool ADD, int SOURCES>
+__global__ void __launch_bounds__(THREADS, 2) conv_fprop_igemm_sm80(const __grid_constant__ IgemmParams<SOURCES> p) {
+    static_assert(sizeof(T) == 2, "ldmatrix moves numbers of 16 bits");
+    static_assert(BC / 16 == BM * BC / RUN / THREADS, "a thread brings one run of a for every product of 16 channels");
+    constexpr int RUNS_A = BM * BC / RUN / THREADS, RUNS_B = BC * BN / RUN / THREADS;
+    FUSIONOPS_SHARED(unsigned char, shared);
+    Pixel* const pixels = reinterpret_cast<Pixel*>(shared);
+    T* const a = reinterpret_cast<T*>(shared + BM * sizeof(Pixel));
+    T* const b = a + STAGES * BM * BC;
+
+    const int t = threadIdx.x;
+    const int M = int(p.N * p.P * p.Q), K = int(p.K), tiles_m = (M + BM - 1) / BM, tiles_n = (K + BN - 1) / BN;
+    const int group = blockIdx.x / (tiles_m * tiles_n), inside = blockIdx.x % (tiles_m * tiles_n);
+    const int m0 = inside / tiles_n * BM, k0 = inside % tiles_n * BN;  // neighbours share their pixels
+    const int steps = int(p.R * p.S * ((p.C + BC - 1) / BC));
+    for (int i = t; i < BM; i += THREADS) pixels[i] = pixel_of(p, m0 + i < M ? m0 + i : M - 1);
+    __syncthreads();
+
+    // What a thread brings of a step: runs of its channels of some pixels, and of some filters.
+    const bool vectors_a = p.vectors_a, vectors_b = p.vectors_b;
+    const int piece = t % (BC / RUN), filter_piece = t % (BN / RUN);
+    const int k = k0 + filter_piece * RUN;
+    uint4 brought;  // a run of a sum
+
+    auto row_of = [&](int i) { return t / (BC / RUN) + i * (THREADS / (BC / RUN)); };
+    auto fetch_a = [&](const Step& at, int stage, int i) {
+        const int left = int(p.C) - at.c - piece * RUN;
+        const int c = group * int(p.C) + at.c + piece * RUN;
+        const Pixel& pixel = pixels[row_of(i)];
+        const int h = pixel.h + at.r * int(p.dilation_h), w = pixel.w + at.s * int(p.dilation_w);
+        const bool exists = left > 0 && unsigned(h) < unsigned(p.H) && unsigned(w) < unsigned(p.W);
+        T* const to = a + stage * BM * BC + piece_a(row_of(i), piece);
+        if (!vectors_a) {
+#pragma unroll 1
+            for (int j = 0; j < RUN; ++j)
+                to[j] = exists && j < left ? gathered<T, ADD>(p, pixel.n, h, w, c + j) : T{};
+        } else if (ADD) {
+            brought = exists ? summed_run<T>(p, pixel.n, h, w, c) : make_uint4(0, 0, 0, 0);
+        } else {
+            const MapSource& from = p.source[left > 0 ? source_at(p, c) : 0];
+            const T* place = static_cast<const T*>(from.base);
+            if (exists) place += offset_of(from, pixel.n, h, w) + (c - int(from.first));
+            copy_async(to, place, exists ? 16 : 0);
+        }
+    };
+    auto put_a = [&](int stage, int i) {  // the sum that was loaded
+        if (ADD && vectors_a)
+            *reinterpret_cast<uint4*>(a + stage * BM * BC + piece_a(row_of(i), piece)) = brought;
+    };
+    auto fetch_b = [&](const Step& at, int stage) {
+#pragma unroll
+        for (int i = 0; i < RUNS_B; ++i) {
+            const int row = t / (BN / RUN) + i * (THREADS / (BN / RUN));
+            const T* place = static_cast<const T*>(p.filters) + at.r * p.filter_steps[0] + at.s * p.filter_steps[1] +
+                             (at.c + row) * p.filter_steps[2] + i64(group * K + k) * p.filter_steps[3];
+            const bool exists = at.c + row < int(p.C) && k < K;
+            T* const to = b + stage * BC * BN + piece_b(row, filter_piece);
+            if (vectors_b) {
+                copy_async(to, exists ? place : p.filters, exists ? 16 : 0);
+            } else {
+#pragma unroll 1
+                for (int j = 0; j < RUN; ++j) to[j] = exists && k + j < K ? place[j * p.filter_steps[3]] : T{};
+            }
+        }
+    };
+
+    const int warp = t / 32, lane = t % 32, row0 = warp / 4 * 64, column0 = warp % 4 * 32;
+    float sums[4][4][4];  // of tiles of 16 pixels × 8 filters
+#pragma unroll
+    for (int i = 0; i < 64; ++i) sums[i / 16][i / 4 % 4][i % 4] = 0.0f;
+
+    Step coming{0, 0, 0};
+    for (int step = 0; step < STAGES - 1; ++step) {
+        if (step < steps) {
+#pragma unroll
+            for (int i = 0; i < RUNS_A; ++i) {
+                fetch_a(coming, step, i);
+                put_a(step, i);
+            }
+            fetch_b(coming, step);
+        }
+        copy_commit();
+        coming.advance(p);
+    }
+    for (int step = 0; step < steps; ++step) {
+        copy_wait<STAGES - 2>();
+        __syncthreads();  // this step has come, and the buffer of the one before it is free
+        const int next = step + STAGES - 1;
+        if (next < steps) fetch_b(coming, next % STAGES);
+        const T* const here_a = a + step % STAGES * BM * BC;
+        const T* const here_b = b + step % STAGES * BC * BN;
+#pragma unroll
+        for (int half = 0; half < RUNS_A; ++half) {  // 16 channels each
+            if (next < steps) fetch_a(coming, next % STAGES, half);
+            u32 columns[2][4];
+            const int deep = lane % 16, far = lane / 16;
+#pragma unroll
+            for (int j = 0; j < 2; ++j)
+                load_matrices<true>(columns[j], here_b + piece_b(half * 16 + deep, column0 / RUN + j * 2 + far));
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                u32 rows[4];
+                load_matrices<false>(rows, here_a + piece_a(row0 + i * 16 + deep, half * 2 + far));
+#pragma unroll
+                for (int j = 0; j < 4; ++j) {
+                    const u32 column[2] = {columns[j / 2][j % 2 * 2], columns[j / 2][j % 2 * 2 + 1]};
+                    multiply_tile<T>(sums[i][j], rows, column);
+                }
+            }
+            if (next < steps) put_a(next % STAGES, half);
+        }
+        copy_commit();
+        coming.advance(p);
+    }
+    copy_wait<0>();
+
+    // Sums are finished in the order in which outputs lie in memory, half a tile at a time.
+    const bool to_channels = p.out_steps[3] == 1;
+    float* const staged = reinterpret_cast<float*>(a);
+    for (int half = 0; half < 2; ++half) {
+        __syncthreads();
+        if (row0 == half * 64)
+#pragma unroll
+            for (int i = 0; i < 64; ++i) {
+                const int part = i % 4, row = i / 16 * 16 + part / 2 * 8 + lane / 4;
+                staged[row * (BN + 1) + column0 + i / 4 % 4 * 8 + lane % 4 * 2 + part % 2] = sums[i / 16][i / 4 % 4][part];
+            }
+        __syncthreads();
+#pragma unroll 1
+        for (int at = t; at < BM / 2 * BN; at += THREADS) {
+            const int row = to_channels ? at / BN : at % (BM / 2), column = to_channels ? at % BN : at / (BM / 2);
+            const int m = m0 + half * (BM / 2) + row, filter = k0 + column;
+            if (m < M && filter < K)
+                finish<T>(p, pixels[half * (BM / 2) + row], group * K + filter, staged[row * (BN + 1) + column]);
+        }
+    }
+}
