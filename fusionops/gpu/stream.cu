@@ -2,7 +2,7 @@
 //
 // add_fprop_stream<T, V, I, SOURCES>
 //   y = act( w0·x0[up] + w1·x1[up] + … )     a left fold; every product and sum is rounded to T by itself
-//   A thread computes ROUNDS runs of V neighbours along the innermost of the joined axes (`axes.add_grid`), a block's
+//   A thread computes a few runs of V neighbours along the innermost of the joined axes (`axes.add_grid`), a block's
 //   runs lying side by side. Stages nothing.
 //   Requires: V > 1 only where the innermost axis is a multiple of V, with step 1 and factor 1 for every operand or
 //   step 0, every other step a multiple of V, and every base aligned to sizeof(T)·V (bytes). I holds the number of runs.
@@ -13,7 +13,9 @@
 #include "common.cuh"
 
 const int RANK = 8;    // joined axes
-const int ROUNDS = 4;  // runs of a thread: loads in flight, which hide one another's latency
+
+// Runs of a thread: loads in flight, which hide one another's latency, as far as there are registers for their elements.
+__device__ constexpr int rounds(int elements) { return elements > 8 ? 2 : 4; }
 
 struct StreamOperand {
     const void* base;
@@ -43,6 +45,7 @@ __device__ __forceinline__ Run<T, V> load_run(const T* from, bool is_spread) {
 template <class T, int V, class I, int SOURCES>
 __global__ void __launch_bounds__(256) add_fprop_stream(const __grid_constant__ StreamParams<SOURCES> p) {
     static_assert(sizeof(T) * V <= 16, "one access moves at most 16 bytes");
+    constexpr int ROUNDS = rounds(V);
     const int inner = int(p.rank) - 1;
     const I first = I(blockIdx.x) * (blockDim.x * ROUNDS) + threadIdx.x;
     Wide<T> sums[ROUNDS][V];
@@ -107,6 +110,7 @@ template <int SOURCES> struct ConcatParams {
 
 template <class W, int SOURCES>
 __global__ void __launch_bounds__(256) concat_fprop_stream(const __grid_constant__ ConcatParams<SOURCES> p) {
+    constexpr int ROUNDS = rounds(1);
     const ConcatSpan& span = p.source[blockIdx.y];
     const i64 count = span.words * p.rows, start = i64(blockIdx.x) * (blockDim.x * ROUNDS) + threadIdx.x;
     W loaded[ROUNDS];

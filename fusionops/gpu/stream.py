@@ -33,7 +33,8 @@ from fusionops.spec import ITEM_BYTES, Direction, FusionSpec, Merge, SourceSpec
 
 SOURCE = "stream.cu"
 THREADS = 256
-RANK, ROUNDS = 8, 4  # as in the source
+RANK = 8  # as in the source
+FEW_RUNS = 2**31  # that 32 bits count, those of the last block included
 ACCESS_BYTES = 16  # of the widest load and store
 
 # Formats whose bits are copied and, as two's complement, added: by item size.
@@ -61,6 +62,11 @@ def concat_symbol(word_bytes: int, most: int) -> str:
     return f"concat_fprop_stream<{WORDS[word_bytes]}, {most}>"
 
 
+def rounds(elements: int) -> int:
+    """Runs of so many elements that a thread computes, as in the source."""
+    return 2 if elements > 8 else 4
+
+
 KIND_BYTES = {**{kind: ITEM_BYTES[dtype] for dtype, kind in TYPES.items()}, "boolean": 1,
               **{kind: size for size, kind in UNSIGNED.items()}}  # fmt: skip
 
@@ -68,8 +74,7 @@ SYMBOLS = (
     *(
         add_symbol(kind, vector, index, most)
         for kind, size in KIND_BYTES.items()
-        for vector in (1, ACCESS_BYTES // size)
-        for index in ("u32", "u64")
+        for vector, index in ((1, "u32"), (1, "u64"), (ACCESS_BYTES // size, "u32"))
         for most in CAPACITIES
     ),
     *(concat_symbol(word_bytes, most) for word_bytes in WORDS for most in CAPACITIES),
@@ -114,15 +119,14 @@ def plan_of(spec: FusionSpec) -> StreamConfig:
 @functools.lru_cache(maxsize=512)
 def prepare_add(
     spec: FusionSpec, kind: str, strides: tuple[Strides, ...], out: Strides, alignment: int
-) -> tuple[Grid, str, Struct]:
-    """The joined axes, the kernel, and its parameters but for addresses, which are multiples of `alignment` bytes."""
+) -> tuple[Grid, str, Struct, int]:
+    """The joined axes, the kernel, its parameters but for addresses, which are multiples of `alignment`, its blocks."""
     grid = add_grid(spec, strides, out)
     item = KIND_BYTES[kind]
     vector = ACCESS_BYTES // item
-    if alignment % ACCESS_BYTES or not _moves_in_runs(grid, vector):
+    if alignment % ACCESS_BYTES or not _moves_in_runs(grid, vector) or math.prod(grid.extents) // vector >= FEW_RUNS:
         vector = 1
-    extents = (*grid.extents[:-1], grid.extents[-1] // vector)
-    outer, here = _split(extents)
+    outer, here = _split((*grid.extents[:-1], grid.extents[-1] // vector))
     runs = math.prod(here)
     most = capacity(len(spec.sources))
     struct = np.zeros(1, add_struct(most))
@@ -136,8 +140,8 @@ def prepare_add(
     ):
         field["steps"][: len(here)] = steps[len(outer) :]
         field["factors"][: len(here)] = factors[len(outer) :]
-    symbol = add_symbol(kind, vector, "u32" if runs + THREADS * ROUNDS < 2**31 else "u64", most)
-    return grid, symbol, struct
+    symbol = add_symbol(kind, vector, "u32" if runs < FEW_RUNS else "u64", most)
+    return grid, symbol, struct, -(-runs // (THREADS * rounds(vector)))
 
 
 def _split(extents: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -179,14 +183,13 @@ def _add(spec: FusionSpec, kind: str, sources: tuple[Any, ...], weights: tuple[A
     places = [address(array) for array in (out, *sources)]
     alignment = math.gcd(ACCESS_BYTES, *places)
     strides = tuple([tuple(source.strides) for source in sources])
-    grid, symbol, template = prepare_add(spec, kind, strides, tuple(out.strides), alignment)
+    grid, symbol, template, blocks = prepare_add(spec, kind, strides, tuple(out.strides), alignment)
     struct = template.copy()
     head = struct[0]
     fields = (head["out"], *head["source"][: len(sources)])
     for field, source, weight in zip(fields[1:], spec.sources, weights, strict=True):
         set_weight(field["weight"], source.weight, weight)
     item = KIND_BYTES[kind]
-    blocks = -(-int(head["runs"]) // (THREADS * ROUNDS))
     for index in np.ndindex(_split(grid.extents)[0]):
         for field, place, steps, factors in zip(fields, places, grid.steps, grid.factors, strict=True):
             offset = sum(i // factor * step for i, factor, step in zip(index, factors, steps, strict=False))
@@ -251,7 +254,7 @@ def prepare_concat(spec: FusionSpec, strides: tuple[Strides, ...], out: Strides,
         for field, (_, (step, start, length)) in zip(head["source"], part, strict=False):
             field["step"], field["first"], field["words"] = (each // word_bytes for each in (step, start, length))
         words = max(span[-1] for _, span in part) // word_bytes * rows
-        launches.append((tuple(j for j, _ in part), struct, -(-words // (THREADS * ROUNDS))))
+        launches.append((tuple(j for j, _ in part), struct, -(-words // (THREADS * rounds(1)))))
     return ConcatPlan(tuple(launches), word_bytes, tuple(others))
 
 
