@@ -3,8 +3,8 @@
 //
 //   y[m,k] = act( Σ_l a[m,l] · b[l,k] + bias[k] + residual[m,k] )     l = (r, s, c) of one group
 //
-// A block of 8 warps owns 128 pixels × 128 filters of one group, a warp 64 × 32 of them. A step of the sum is one tap and
-// 32 merged channels, whose a and b (8 KiB each) wait in one of STAGES buffers. Filters, and sources of a concatenation,
+// A block of 8 warps owns 128 pixels × BN filters (128 or 64) of one group, a warp 32 filters of 64 or 32 pixels. A step of
+// the sum is one tap and 32 merged channels, whose a and b wait in one of STAGES buffers. Filters, and sources of a concatenation,
 // are copied there asynchronously, STAGES − 1 steps ahead; a sum of sources is loaded and merged before a step is
 // multiplied, and stored after it. Concatenation is an order of visits: where runs of 8 channels belong to one source
 // each, every run is read from where it lies. What is not aligned so is gathered element by element into the same
@@ -13,16 +13,18 @@
 // Rows of a buffer are stored with their 16-byte pieces exchanged (`piece_a`, `piece_b`), so that the eight rows that one
 // matrix load reads lie in different banks.
 //
-// Requires: sm_80, 256 threads, shared memory of `mma.BLOCK_SHARED_BYTES`. vectors_a only if channels have step 1 and
+// Requires: sm_80, 256 threads, shared memory of `mma.block_shared_bytes`. vectors_a only if channels have step 1 and
 // every other step, first channel and base of the sources, and C, is a multiple of 8; vectors_b likewise of the filters.
 #include "igemm.cuh"
 
-const int BM = 128, BN = 128, BC = 32, STAGES = 4, THREADS = 256;
+const int BM = 128, BC = 32, STAGES = 4, THREADS = 256;
 const int RUN = 8;  // elements of 16 bytes
 
 // Where the 16 bytes `piece` of a row begin, in elements of its buffer.
 __device__ __forceinline__ int piece_a(int row, int piece) { return row * BC + (piece ^ row / 2 % 4) * RUN; }
-__device__ __forceinline__ int piece_b(int row, int piece) { return row * BN + (piece ^ row % 8) * RUN; }
+template <int BN> __device__ __forceinline__ int piece_b(int row, int piece) {
+    return row * BN + (piece ^ row % 8) * RUN;
+}
 
 // A step of the sum: its tap and first channel, counted in one group.
 struct Step {
@@ -89,11 +91,12 @@ __device__ __forceinline__ T gathered(const IgemmParams<SOURCES>& p, int n, int 
     return narrow<T>(x);
 }
 
-template <class T, bool ADD, int SOURCES>
+template <class T, bool ADD, int BN, int SOURCES>
 __global__ void __launch_bounds__(THREADS, 2) conv_fprop_igemm_sm80(const __grid_constant__ IgemmParams<SOURCES> p) {
     static_assert(sizeof(T) == 2, "ldmatrix moves numbers of 16 bits");
     static_assert(BC / 16 == BM * BC / RUN / THREADS, "a thread brings one run of a for every product of 16 channels");
     constexpr int RUNS_A = BM * BC / RUN / THREADS, RUNS_B = BC * BN / RUN / THREADS;
+    constexpr int COLUMNS = BN / 32, WARP_ROWS = BM / (8 / COLUMNS), TILES = WARP_ROWS / 16;  // of warps; of one
     FUSIONOPS_SHARED(unsigned char, shared);
     Pixel* const pixels = reinterpret_cast<Pixel*>(shared);
     T* const a = reinterpret_cast<T*>(shared + BM * sizeof(Pixel));
@@ -145,7 +148,7 @@ __global__ void __launch_bounds__(THREADS, 2) conv_fprop_igemm_sm80(const __grid
             const T* place = static_cast<const T*>(p.filters) + at.r * p.filter_steps[0] + at.s * p.filter_steps[1] +
                              (at.c + row) * p.filter_steps[2] + i64(group * K + k) * p.filter_steps[3];
             const bool exists = at.c + row < int(p.C) && k < K;
-            T* const to = b + stage * BC * BN + piece_b(row, filter_piece);
+            T* const to = b + stage * BC * BN + piece_b<BN>(row, filter_piece);
             if (vectors_b) {
                 copy_async(to, exists ? place : p.filters, exists ? 16 : 0);
             } else {
@@ -155,10 +158,10 @@ __global__ void __launch_bounds__(THREADS, 2) conv_fprop_igemm_sm80(const __grid
         }
     };
 
-    const int warp = t / 32, lane = t % 32, row0 = warp / 4 * 64, column0 = warp % 4 * 32;
-    float sums[4][4][4];  // of tiles of 16 pixels × 8 filters
+    const int warp = t / 32, lane = t % 32, row0 = warp / COLUMNS * WARP_ROWS, column0 = warp % COLUMNS * 32;
+    float sums[TILES][4][4];  // of tiles of 16 pixels × 8 filters
 #pragma unroll
-    for (int i = 0; i < 64; ++i) sums[i / 16][i / 4 % 4][i % 4] = 0.0f;
+    for (int i = 0; i < TILES * 16; ++i) sums[i / 16][i / 4 % 4][i % 4] = 0.0f;
 
     Step coming{0, 0, 0};
     for (int step = 0; step < STAGES - 1; ++step) {
@@ -187,9 +190,9 @@ __global__ void __launch_bounds__(THREADS, 2) conv_fprop_igemm_sm80(const __grid
             const int deep = lane % 16, far = lane / 16;
 #pragma unroll
             for (int j = 0; j < 2; ++j)
-                load_matrices<true>(columns[j], here_b + piece_b(half * 16 + deep, column0 / RUN + j * 2 + far));
+                load_matrices<true>(columns[j], here_b + piece_b<BN>(half * 16 + deep, column0 / RUN + j * 2 + far));
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
+            for (int i = 0; i < TILES; ++i) {
                 u32 rows[4];
                 load_matrices<false>(rows, here_a + piece_a(row0 + i * 16 + deep, half * 2 + far));
 #pragma unroll
@@ -210,10 +213,10 @@ __global__ void __launch_bounds__(THREADS, 2) conv_fprop_igemm_sm80(const __grid
     float* const staged = reinterpret_cast<float*>(a);
     for (int half = 0; half < 2; ++half) {
         __syncthreads();
-        if (row0 == half * 64)
+        if (row0 / (BM / 2) == half)
 #pragma unroll
-            for (int i = 0; i < 64; ++i) {
-                const int part = i % 4, row = i / 16 * 16 + part / 2 * 8 + lane / 4;
+            for (int i = 0; i < TILES * 16; ++i) {
+                const int part = i % 4, row = row0 % (BM / 2) + i / 16 * 16 + part / 2 * 8 + lane / 4;
                 staged[row * (BN + 1) + column0 + i / 4 % 4 * 8 + lane % 4 * 2 + part % 2] = sums[i / 16][i / 4 % 4][part];
             }
         __syncthreads();

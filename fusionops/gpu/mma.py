@@ -11,33 +11,59 @@ from fusionops.spec import Conv2d, Dense, FusionSpec, Merge
 
 SOURCE = "mma.cu"
 DTYPES = ("float16", "bfloat16")
-PIXELS, FILTERS, THREADS = 128, 128, 256  # of a block, as in the source
-STAGE_BYTES = (PIXELS + FILTERS) * 32 * 2
-STAGES = 4
-BLOCK_SHARED_BYTES = PIXELS * igemm.PIXEL_BYTES + STAGES * STAGE_BYTES
+PIXELS, CHANNELS, STAGES, THREADS = 128, 32, 4, 256  # of a block, as in the source
+FILTERS = (128, 64)
+WARP_FILTERS = 32
 # Of a group: with fewer, most of a tile is not used, and CUDA cores are as fast.
 FEWEST_FILTERS = 8
 
 
-def symbol(dtype: str, merge: Merge) -> str:
-    return f"conv_fprop_igemm_sm80<{TYPES[dtype]}, {str(merge is Merge.ADD).lower()}, {{sources}}>"
+def symbol(dtype: str, merge: Merge, filters: int) -> str:
+    return f"conv_fprop_igemm_sm80<{TYPES[dtype]}, {str(merge is Merge.ADD).lower()}, {filters}, {{sources}}>"
 
 
-SYMBOLS = igemm.instantiations(symbol(dtype, merge) for dtype in DTYPES for merge in Merge)
+SYMBOLS = igemm.instantiations(
+    symbol(dtype, merge, filters) for dtype in DTYPES for merge in Merge for filters in FILTERS
+)
 """Every instantiation that a plan can ask for."""
 
 
+def block_shared_bytes(filters: int) -> int:
+    """Pixels, and the buffers of all stages, in the place of which half a tile of sums follows."""
+    buffers = STAGES * (PIXELS + filters) * CHANNELS * 2
+    return PIXELS * igemm.PIXEL_BYTES + max(buffers, PIXELS // 2 * (filters + 1) * 4)
+
+
+def share_of_products(filters: int) -> float:
+    """Of the matrix instructions: the others load 16 × 16 numbers, of which 32 filters are two."""
+    tiles = PIXELS * filters // WARP_FILTERS // 8 // 16  # of 16 pixels, of one of 8 warps
+    return tiles * 4 / (tiles * 4 + tiles + 2)
+
+
 def plan(spec: FusionSpec, device: GpuDevice) -> IgemmConfig:
+    """Of the tiles the one whose blocks, dealt out to all multiprocessors, are done first; of equals the wider."""
+
+    def duration(filters: int) -> float:
+        return -(-_blocks(spec, filters) // device.multiprocessors) * filters / share_of_products(filters)
+
+    return with_tile(spec, min(FILTERS, key=duration))
+
+
+def with_tile(spec: FusionSpec, filters: int) -> IgemmConfig:
+    name = symbol(spec.dtype, spec.merge, filters)
+    return IgemmConfig(SOURCE, name, _blocks(spec, filters), THREADS, block_shared_bytes(filters))
+
+
+def _blocks(spec: FusionSpec, tile: int) -> int:
     pixels, filters, _ = spec.gemm
-    blocks = -(-pixels // PIXELS) * -(-filters // FILTERS) * spec.conv.groups
-    return IgemmConfig(SOURCE, symbol(spec.dtype, spec.merge), blocks, THREADS, BLOCK_SHARED_BYTES)
+    return -(-pixels // PIXELS) * -(-filters // tile) * spec.conv.groups
 
 
 def slow(spec: FusionSpec) -> tuple[str, ...]:
     """Why CUDA cores would be faster."""
     filters = spec.conv.K // spec.conv.groups
     if filters < FEWEST_FILTERS:
-        return (f"a group has {filters} filters, {FEWEST_FILTERS} are worth a tile of {FILTERS}",)
+        return (f"a group has {filters} filters, {FEWEST_FILTERS} are worth a tile of {FILTERS[-1]}",)
     return ()
 
 
