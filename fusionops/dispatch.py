@@ -5,21 +5,21 @@ Judges nothing that a user passed; computes nothing. Backends are imported when 
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
 
-from fusionops.binding import Call, Judgement, bind_backend
+from fusionops.binding import Call, Judgement, bind_backend, borrow_with, judge_backend
 from fusionops.cost import FusedCost, analyse
 from fusionops.errors import BackendError, UnsupportedError
 from fusionops.kernel import Array, Config, Kernel, Operands
-from fusionops.spec import FusionSpec
-
-_LAST_RESORT = 'hint: backend="reference" runs every valid problem, slowly'
+from fusionops.spec import ITEM_BYTES, FusionSpec
 
 # Choices that are remembered, one for each different problem.
 CACHED_CHOICES = 1024
@@ -32,6 +32,9 @@ class Backend:
     """A table of kernels, fastest first, and the device their plans are made for.
 
     unusable   every reason why the machine cannot run them; empty means it can
+    threads    how many work on a call, each with scratch memory of its own
+    empty      makes an array of a shape and dtype, for a result
+    on_device_of   the context of an array, in which results are made and kernels run where it is
     """
 
     name: str
@@ -39,6 +42,8 @@ class Backend:
     device: Any
     unusable: tuple[str, ...]
     threads: Callable[[], int]
+    empty: Callable[..., Array] = np.empty
+    on_device_of: Callable[[Array], AbstractContextManager[Any]] = nullcontext
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +64,11 @@ def _cpu() -> Backend:
 
 
 def _gpu() -> Backend:
-    return Backend("gpu", (), None, ("it is not part of this version",), lambda: 1)
+    from fusionops import gpu
+
+    unusable = gpu.reasons_unusable()
+    device = None if unusable else gpu.device()
+    return Backend("gpu", gpu.KERNELS, device, unusable, lambda: 1, gpu.empty, gpu.on_device_of)
 
 
 def _reference() -> Backend:
@@ -82,6 +91,26 @@ def backend(name: str) -> Backend:
     return _LOADERS[name]()
 
 
+def _usable(name: str) -> Backend:
+    """The backend of that name, or a BackendError with every reason why the machine cannot run it."""
+    chosen = backend(name)
+    if chosen.unusable:
+        reasons = "\n".join(f"  {name}: {reason}" for reason in chosen.unusable)
+        raise BackendError(f"the {name} backend cannot be used\n{reasons}\n{_last_resort(name)}")
+    return chosen
+
+
+def _borrow(array: Any) -> Array:
+    """Another library's array on a GPU as a CuPy array on the same memory."""
+    _usable("gpu")
+    from fusionops import gpu
+
+    return gpu.borrow(array)
+
+
+borrow_with(_borrow)
+
+
 def select(spec: FusionSpec, name: str) -> Kernel:
     """The kernel of backend `name` that runs `spec`: the first in its table that can and is not slow at it.
 
@@ -89,10 +118,7 @@ def select(spec: FusionSpec, name: str) -> Kernel:
 
     Raises BackendError if the machine cannot run the backend, UnsupportedError with every reason if no kernel can.
     """
-    chosen = backend(name)
-    if chosen.unusable:
-        reasons = "\n".join(f"  {name}: {reason}" for reason in chosen.unusable)
-        raise BackendError(f"the {name} backend cannot be used\n{reasons}\n{_LAST_RESORT}")
+    chosen = _usable(name)
     able = [kernel for kernel in chosen.kernels if not kernel.unsupported(spec)]
     for kernel in able:
         if not kernel.slow(spec):
@@ -111,13 +137,26 @@ def choose(spec: FusionSpec, name: str) -> tuple[Kernel, Config]:
 
 def run(call: Call, requested: str | None) -> Any:
     """The result of a bound call: in `out` where there is one, else in a new array; with return_sum the sum too."""
+    name = call.home if requested is None else _named(call, requested)
+    kernel, config = _planned(call.judgement, name)
+    if call.home == "cpu":
+        return _run(call, kernel, config)
+    chosen = backend(name)
+    try:
+        with chosen.on_device_of(call.operands.sources[0]):
+            return _run(call, kernel, config, chosen.empty)
+    except MemoryError as error:  # CuPy's is one
+        needed = f"{_new_bytes(call, config)} bytes for results and scratch memory"
+        raise MemoryError(f"{call.op}: the GPU has no room for {needed}\n  {call.judgement.spec}\n{error}") from error
+
+
+def _run(call: Call, kernel: Kernel, config: Config | None, empty: Callable[..., Array] = np.empty) -> Any:
     judgement, operands, target = call.judgement, call.operands, call.target
     spec = judgement.spec
-    kernel, config = _planned(judgement, "cpu" if requested is None else _named(call.op, requested))
     if target is None:
-        target = np.empty(spec.out_shape, judgement.dtype)
+        target = empty(spec.out_shape, judgement.dtype)
     if spec.return_sum:
-        operands.merged = np.empty(spec.merged_shape, judgement.dtype)
+        operands.merged = empty(spec.merged_shape, judgement.dtype)
     if config is not None:
         kernel.run(spec, config, operands, target)
     if call.out is None:
@@ -126,7 +165,20 @@ def run(call: Call, requested: str | None) -> Any:
         result = call.out
         if call.target is None:
             result[...] = target.reshape(judgement.shape)
-    return (result, operands.merged) if spec.return_sum else result
+    if call.returns is not None:
+        result = call.returns(result)
+    if not spec.return_sum:
+        return result
+    merged: Array = operands.merged
+    return result, merged if call.returns is None else call.returns(merged)
+
+
+def _new_bytes(call: Call, config: Config | None) -> int:
+    """The memory that running a call takes besides the caller's arrays."""
+    spec = call.judgement.spec
+    shapes = [spec.out_shape] * (call.target is None) + [spec.merged_shape] * spec.return_sum
+    scratch_bytes = 0 if config is None else config.scratch_bytes + config.shared_bytes
+    return sum(map(math.prod, shapes)) * ITEM_BYTES[spec.dtype] + scratch_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,9 +233,9 @@ class Explanation:
 def explain(call: Call, requested: str | None) -> Explanation:
     """What `run` would do with a bound call. Runs nothing; raises what `run` would raise."""
     spec = call.judgement.spec
-    name = "cpu" if requested is None else _named(call.op, requested)
+    name = _named(call, requested)
     kernel, config = _planned(call.judgement, name)
-    counted = cost(call, name)
+    counted = cost(call, requested)
     formed = counted.contraction_flops if config is None or kernel.products is None else 2 * kernel.products(spec)
     others = tuple(
         (other.name, other.unsupported(spec) or other.slow(spec) or ("could run it, but stands later in the table",))
@@ -195,7 +247,7 @@ def explain(call: Call, requested: str | None) -> Explanation:
 
 def cost(call: Call, requested: str | None) -> FusedCost:
     """What a bound call costs, with the scratch memory of the kernel that would run it. Runs nothing."""
-    name = "cpu" if requested is None else _named(call.op, requested)
+    name = _named(call, requested)
     _, config = _planned(call.judgement, name)
     if config is None:
         return analyse(call.judgement.spec)
@@ -226,10 +278,11 @@ class Info:
 
 def info(version: str) -> Info:
     """What this installation can do; imports every backend."""
-    from fusionops import cpu
+    from fusionops import cpu, gpu
 
     libraries = {"python": sys.version.split()[0], "numpy": np.__version__}
-    return Info(version, tuple((name, backend(name).unusable) for name in BACKENDS), libraries | cpu.facts())
+    facts = libraries | cpu.facts() | gpu.facts()
+    return Info(version, tuple((name, backend(name).unusable) for name in BACKENDS), facts)
 
 
 def set_num_threads(count: int) -> None:
@@ -244,8 +297,11 @@ def warmup(progress: Callable[[int, int, str], None] | None) -> None:
     cpu.warmup(progress)
 
 
-def _named(op: str, name: Any) -> str:
-    return bind_backend(op, name, BACKENDS) or "cpu"
+def _named(call: Call, requested: Any) -> str:
+    """The backend that is asked for, which must be usable, and at home where the arrays are."""
+    name = bind_backend(call.op, requested, BACKENDS) or call.home
+    judge_backend(call, _usable(name).name)
+    return name
 
 
 def _planned(judgement: Judgement, name: str) -> tuple[Kernel, Config | None]:
@@ -260,7 +316,14 @@ def _refusal(spec: FusionSpec, refusing: Backend) -> str:
     refusals = [(kernel.name, kernel.unsupported(spec)) for kernel in refusing.kernels]
     refusals.sort(key=lambda refusal: len(refusal[1]))  # those that are nearest to running it come first
     lines += [f"  {name}: {'; '.join(reasons)}" for name, reasons in refusals]
-    return "\n".join([*lines, _LAST_RESORT])
+    return "\n".join([*lines, _last_resort(refusing.name)])
+
+
+def _last_resort(name: str) -> str:
+    """What helps where the backend does not: the others take NumPy arrays alone."""
+    if name == "gpu":
+        return "hint: the cpu backend runs the same calls on NumPy arrays"
+    return 'hint: backend="reference" runs every valid problem, slowly'
 
 
 def _listed(title: str, entries: tuple[str, ...]) -> list[str]:

@@ -29,12 +29,14 @@ class Config(Protocol):
 class Filters:
     """Filters that are packed once for each kernel that wants them in an order of its own.
 
-    Made by `fusionops.prepack`; holds a read-only copy of the array, so later writes to the original change nothing.
+    Made by `fusionops.prepack`; holds a copy of the array, so later writes to the original change nothing. NumPy's is
+    read-only; CuPy has no such arrays.
     """
 
     def __init__(self, array: Array, layout: Layout) -> None:
         self.array = array.copy()
-        self.array.flags.writeable = False
+        if hasattr(self.array.flags, "writeable"):
+            self.array.flags.writeable = False
         self.layout = layout
         self._packed: dict[object, Array] = {}
 

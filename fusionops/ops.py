@@ -1,11 +1,11 @@
 """The public functions: documentation and defaults. Nothing here judges, chooses or computes.
 
 What all ops share. `sources` is a list of one or more arrays or `Source`s; what `np.asarray` takes is an array, also
-views of any strides and read-only ones; results are plain arrays. `out` must have exactly the shape and dtype of the
-result and is returned; it may overlap inputs. `backend` is None (where the arrays are), "cpu", or "reference" (the
-float64 oracle, slow). Every error is raised before anything is written: SpecError (a ValueError) or SpecTypeError (a
-TypeError) for wrong input, UnsupportedError where the backend has no kernel for it, BackendError where the machine
-cannot run the backend.
+views of any strides and read-only ones; results are plain arrays. CuPy arrays run on their GPU, on the current stream,
+as do PyTorch's, which come back as such; nothing is moved unasked. `out` has exactly the shape and dtype of the result
+and is returned; it may overlap inputs. `backend` is None (where the arrays are), "cpu", "gpu", or "reference" (float64,
+slow). Every error is raised before anything is written: SpecError (a ValueError) or SpecTypeError (a TypeError) for
+wrong input, UnsupportedError where no kernel runs it, BackendError where the machine cannot run the backend.
 """
 
 from __future__ import annotations
@@ -364,8 +364,8 @@ def cost(op: str | Callable[..., Any], *arguments: Any, **options: Any) -> Fused
 def info() -> Info:
     """Version, backends and why one is unusable, processor, threads; `str` of it is a report.
 
-    >>> dict(info().backends)["gpu"]
-    ('it is not part of this version',)
+    >>> [name for name, unusable in info().backends]
+    ['cpu', 'gpu', 'reference']
     """
     from fusionops import __version__
 

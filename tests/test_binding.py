@@ -301,14 +301,3 @@ def test_array_of_another_library(foreign, library, name, hint):
         fo.add([full(3), foreign(library, name)])
     assert f"sources[1] is a {library} {name}" in str(caught.value)
     assert hint in str(caught.value)
-
-
-def test_cupy_and_numpy_do_not_mix(foreign):
-    with pytest.raises(fo.SpecTypeError, match=r"CuPy arrays \(sources\[1\]\) and NumPy arrays are mixed"):
-        fo.add([full(3), foreign("cupy", "ndarray")])
-
-
-def test_cupy_arrays_have_no_backend_yet(foreign):
-    x = foreign("cupy", "ndarray")
-    with pytest.raises(fo.BackendError, match="not part of this version"):
-        fo.add([x, x])

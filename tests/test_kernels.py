@@ -5,13 +5,13 @@ Correctness of the kernels alone; what users pass and which kernel is chosen is 
 
 from __future__ import annotations
 
-import zlib
 from dataclasses import replace
 from itertools import cycle
 from operator import attrgetter
 
 import numpy as np
 import pytest
+from kernel_checks import assert_same_bits, assert_within, exact_case, expected_of, rng_of, with_batch
 
 from fusionops import cpu, reference
 from fusionops.cpu import amx, stream, threads
@@ -24,7 +24,6 @@ from fusionops.testing import (
     UNIT_ROUNDOFF,
     activation_bound,
     error_bound,
-    exact_operands,
     guarded_copy,
     guarded_empty,
     is_narrow,
@@ -53,10 +52,6 @@ every_strict_case = pytest.mark.parametrize(("kernel", "problem"), [case for cas
 every_contraction = pytest.mark.parametrize(("kernel", "problem"), CONTRACTIONS)
 
 
-def rng_of(problem: Problem) -> np.random.Generator:
-    return np.random.default_rng(zlib.crc32(problem.name.encode()))
-
-
 def execute(kernel: Kernel, spec: FusionSpec, operands: Operands, layout: str = "contiguous") -> list[np.ndarray]:
     """What the kernel writes, into poisoned memory that must stay poisoned around it."""
     outputs = [guarded_empty(spec.out_shape, spec.dtype, layout)]
@@ -67,53 +62,6 @@ def execute(kernel: Kernel, spec: FusionSpec, operands: Operands, layout: str = 
     for output in outputs:
         output.assert_intact()
     return [output.array for output in outputs]
-
-
-def expected_of(spec: FusionSpec, operands: Operands) -> list[np.ndarray]:
-    out = np.empty(spec.out_shape, spec.dtype)
-    reference.run(spec, operands, out)
-    return [out, operands.merged] if spec.return_sum else [out]
-
-
-def assert_same_bits(actual: list[np.ndarray], expected: list[np.ndarray]) -> None:
-    for one, other in zip(actual, expected, strict=True):
-        assert one.dtype == other.dtype
-        assert one.tobytes() == other.tobytes(), f"{np.count_nonzero(one != other)} of {one.size} elements differ"
-
-
-def assert_within(actual: np.ndarray, expected: np.ndarray, bound: np.ndarray) -> None:
-    same = (actual == expected) | ((actual != actual) & (expected != expected))
-    error = np.abs(np.where(same, 0, actual.astype(np.float64)) - np.where(same, 0, expected.astype(np.float64)))
-    worst = np.unravel_index(np.argmax(error - bound), error.shape)
-    assert (error <= bound).all(), (
-        f"{np.count_nonzero(~(error <= bound))} of {error.size} elements leave the bound; at {tuple(map(int, worst))}: "
-        f"got {actual[worst]}, expected {expected[worst]}, error {error[worst]:.3g}, bound {bound[worst]:.3g}"
-    )
-
-
-def is_meaningful(expected: np.ndarray) -> bool:
-    return 4 * np.count_nonzero(expected) >= expected.size
-
-
-def exact_case(problem: Problem) -> tuple[Operands, list[np.ndarray]]:
-    """Exact operands and what they give; fails where it is mostly zeros, which would prove nothing."""
-    rng = rng_of(problem)
-    for _ in range(8):  # a single number may well be 0
-        operands = exact_operands(problem.spec, rng)
-        expected = expected_of(problem.spec, operands)
-        if is_meaningful(expected[0]):
-            return operands, expected
-    raise AssertionError(f"the results of {problem} are mostly zeros and prove nothing")
-
-
-def with_batch(spec: FusionSpec, batch: int) -> FusionSpec:
-    """The same problem over `batch` images, or rows of a dense layer."""
-
-    def resized(source: SourceSpec) -> SourceSpec:
-        return replace(source, shape=(batch, *source.shape[1:]))
-
-    residual = None if spec.residual is None else resized(spec.residual)
-    return replace(spec, sources=tuple(map(resized, spec.sources)), residual=residual)
 
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)

@@ -2,10 +2,12 @@
 
 Chooses no kernel, allocates no result, computes nothing of it. Each op is read in the same order: arrays (`Intake`),
 options, a judgement of shapes and dtypes that is cached, `out`, and only then copies of what a kernel cannot take.
+NumPy and CuPy arrays are judged alike, by what they say of themselves.
 """
 
-from fusionops.binding.call import Call, Judgement
+from fusionops.binding.call import Call, Judgement, judge_backend
 from fusionops.binding.conv import bind_conv
+from fusionops.binding.cuda import borrow_with
 from fusionops.binding.dense import bind_dense
 from fusionops.binding.filters import bind_filters
 from fusionops.binding.merge import bind_merge
@@ -23,4 +25,6 @@ __all__ = [
     "bind_merge",
     "bind_op",
     "bind_threads",
+    "borrow_with",
+    "judge_backend",
 ]

@@ -6,7 +6,17 @@ from typing import Any
 
 import numpy as np
 
-from fusionops.binding.arrays import DType, Intake, Shape, is_floating, is_plain, native
+from fusionops.binding.arrays import (
+    Array,
+    DType,
+    Intake,
+    IsPlain,
+    Shape,
+    is_floating,
+    is_plain,
+    native,
+    plain_on_gpu,
+)
 from fusionops.binding.messages import Labelled, complaint
 from fusionops.binding.sources import (
     PLAIN,
@@ -17,7 +27,6 @@ from fusionops.binding.sources import (
     settle_parameters,
     source_spec,
 )
-from fusionops.binding.weights import rounded_weight
 from fusionops.errors import SpecError, SpecTypeError
 from fusionops.kernel import Filters, Operands
 from fusionops.spec import Layout, Merge, SourceSpec
@@ -31,43 +40,50 @@ Keys = tuple[tuple[Key, ...], FiltersKey, ArrayKey | None, Key | None]
 
 
 def read_operands(
-    op: str, role: str, sources: Any, filters: Any, bias: Any, residual: Any, weights: Any, normalize: Any
-) -> tuple[Operands, Keys, Intake | None]:
-    """Every array as given, their keys, and what has yet to be settled: None where kernels take all as they are."""
+    op: str, role: str, sources: Any, filters: Any, bias: Any, residual: Any, weights: Any, normalize: Any, out: Any
+) -> tuple[Operands, Keys, Array | None, Intake | None]:
+    """Every array as given, their keys, `out`, and what has yet to be settled: None where kernels take all as it is."""
     if weights is None and normalize is None:
-        plain = _plain_operands(sources, filters, bias, residual)
+        plain = None
+        if out is None or type(out) is np.ndarray:
+            plain = _plain_operands(sources, filters, bias, residual, is_plain)
+        if plain is None:
+            plain = plain_on_gpu(_plain_operands, sources, filters, bias, residual, out=out)
         if plain is not None:
-            return *plain, None
+            operands, keys = plain
+            return operands, keys, out, None
     intake = Intake(op)
-    arrays, source_keys, parameters = read_sources(intake, sources, weights, normalize)
+    maps, source_keys, parameters = read_sources(intake, sources, weights, normalize)
     bias_key = residual_key = None
     if isinstance(filters, Filters):
+        intake.array(role, filters.array)
         filters_key: FiltersKey = filters.shape, filters.array.dtype, filters.layout
     else:
         filters = intake.array(role, filters)
         filters_key = filters.shape, filters.dtype, None
-    operands = Operands(arrays, *parameters, filters)
+    operands = Operands(maps, *parameters, filters)
     if bias is not None:
         operands.bias = bias = intake.array("bias", bias)
         bias_key = bias.shape, bias.dtype
     if residual is not None:
         loaded = read_source(intake, "residual", residual)
         operands.residual, operands.residual_weight, residual_key = loaded.array, loaded.weight, loaded.key
-    if intake.on_gpu:
-        intake.turn_away_gpu([*arrays, filters, bias, operands.residual])
-    return operands, (source_keys, filters_key, bias_key, residual_key), intake
+    out = intake.destination(out)
+    return operands, (source_keys, filters_key, bias_key, residual_key), out, intake
 
 
-def _plain_operands(sources: Any, filters: Any, bias: Any, residual: Any) -> tuple[Operands, Keys] | None:
+def _plain_operands(
+    sources: Any, filters: Any, bias: Any, residual: Any, is_plain: IsPlain
+) -> tuple[Operands, Keys] | None:
     """The operands and their keys, if kernels take all arrays as they are."""
-    plain = plain_sources(sources)
+    plain = plain_sources(sources, is_plain)
     if plain is None:
         return None
     arrays, source_keys = plain
     bias_key = residual_key = None
     if is_plain(filters):
         filters_key: FiltersKey = filters.shape, filters.dtype, None
-    elif isinstance(filters, Filters):
+    elif isinstance(filters, Filters) and is_plain(filters.array):
         filters_key = filters.shape, filters.array.dtype, filters.layout
     else:
         return None
@@ -76,27 +92,26 @@ def _plain_operands(sources: Any, filters: Any, bias: Any, residual: Any) -> tup
             return None
         bias_key = bias.shape, bias.dtype
     if residual is not None:
-        plain = plain_sources((residual,))
+        plain = plain_sources((residual,), is_plain)
         if plain is None:
             return None
         (residual,), (residual_key,) = plain
     return Operands(arrays, (), (), (), filters, bias, residual), (source_keys, filters_key, bias_key, residual_key)
 
 
-def settle(intake: Intake, role: str, operands: Operands, dtype: DType) -> tuple[str, ...]:
-    """Make the arrays what kernels take, with parameters in the dtype of the data; returns what was copied and why."""
-    if intake.unsettled:
-        operands.sources = tuple(intake.settle(f"sources[{i}]", array) for i, array in enumerate(operands.sources))
-        for name, attribute in ((role, "filters"), ("bias", "bias"), ("residual", "residual")):
-            array = getattr(operands, attribute)
-            if isinstance(array, np.ndarray):
-                setattr(operands, attribute, intake.settle(name, array))
-    if operands.bias is not None and not operands.bias.flags.c_contiguous:
-        intake.copies += ("bias: not contiguous",)
-        operands.bias = operands.bias.copy()
-    settle_parameters(operands, dtype)
-    operands.residual_weight = rounded_weight(operands.residual_weight, dtype)
-    return intake.copies
+def settle(intake: Intake, role: str, operands: Operands, dtype: DType) -> None:
+    """Make the arrays what kernels take, with parameters in the dtype of the data."""
+    with intake.device:
+        if intake.unsettled or intake.on_gpu:
+            operands.sources = tuple(intake.settle(f"sources[{i}]", array) for i, array in enumerate(operands.sources))
+            for name, attribute in ((role, "filters"), ("bias", "bias"), ("residual", "residual")):
+                array = getattr(operands, attribute)
+                if array is not None and not isinstance(array, Filters):
+                    setattr(operands, attribute, intake.settle(name, array))
+        if operands.bias is not None and not operands.bias.flags.c_contiguous:
+            intake.copies += ("bias: not contiguous",)
+            operands.bias = operands.bias.copy()
+        settle_parameters(intake, operands, dtype)
 
 
 def labelled(keys: Keys, role: str) -> list[Labelled]:

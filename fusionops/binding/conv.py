@@ -58,7 +58,7 @@ def bind_conv(
     out: Any = None,
 ) -> Call:
     """Bind `add_conv` or `concat_conv`."""
-    operands, keys, intake = read_operands(op, ROLE, sources, filters, bias, residual, weights, normalize)
+    operands, keys, out, intake = read_operands(op, ROLE, sources, filters, bias, residual, weights, normalize, out)
     judgement = _judge_conv(
         op,
         keys,
@@ -74,8 +74,9 @@ def bind_conv(
     )
     if out is not None:
         judge_out(op, out, judgement)
-    copies = () if intake is None else settle(intake, ROLE, operands, judgement.dtype)
-    return bound(op, judgement, operands, out, copies)
+    if intake is not None:
+        settle(intake, ROLE, operands, judgement.dtype)
+    return bound(op, judgement, operands, out, intake)
 
 
 @lru_cache(maxsize=CACHED_JUDGEMENTS)

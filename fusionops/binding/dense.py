@@ -7,10 +7,8 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
-
-from fusionops.binding import options
-from fusionops.binding.arrays import Array, Shape
+from fusionops.binding import cuda, options
+from fusionops.binding.arrays import Array, Shape, is_of_rows
 from fusionops.binding.call import CACHED_JUDGEMENTS, Call, Judgement, bound, judge_out, judge_size
 from fusionops.binding.contraction import (
     Keys,
@@ -45,7 +43,7 @@ def bind_dense(
     out: Any = None,
 ) -> Call:
     """Bind `add_dense` or `concat_dense`."""
-    operands, keys, intake = read_operands(op, ROLE, sources, matrix, bias, residual, weights, normalize)
+    operands, keys, out, intake = read_operands(op, ROLE, sources, matrix, bias, residual, weights, normalize, out)
     judgement = _judge_dense(
         op,
         keys,
@@ -54,10 +52,10 @@ def bind_dense(
     )
     if out is not None:
         judge_out(op, out, judgement)
-    copies = () if intake is None else settle(intake, ROLE, operands, judgement.dtype)
-    if len(judgement.shape) != 2:
-        copies += _collapse(operands, judgement.spec.W)
-    return bound(op, judgement, operands, out, copies)
+    if intake is not None:
+        settle(intake, ROLE, operands, judgement.dtype)
+    copies = () if len(judgement.shape) == 2 else _collapse(operands, judgement.spec.W)
+    return bound(op, judgement, operands, out, intake, copies)
 
 
 @lru_cache(maxsize=CACHED_JUDGEMENTS)
@@ -138,12 +136,12 @@ def _collapse(operands: Operands, rows: int) -> tuple[str, ...]:
 
     def collapsed(name: str, array: Array) -> Array:
         nonlocal copies
-        result = array.reshape(rows, array.shape[-1])
-        if array.size and not np.may_share_memory(array, result):
+        if not is_of_rows(array):
             copies += (f"{name}: leading axes cannot be collapsed to rows in place",)
-        return result
+        return array.reshape(rows, array.shape[-1])
 
-    operands.sources = tuple(collapsed(f"sources[{i}]", array) for i, array in enumerate(operands.sources))
-    if operands.residual is not None:
-        operands.residual = collapsed("residual", operands.residual)
+    with cuda.device_of(operands.sources[0]):
+        operands.sources = tuple(collapsed(f"sources[{i}]", array) for i, array in enumerate(operands.sources))
+        if operands.residual is not None:
+            operands.residual = collapsed("residual", operands.residual)
     return copies

@@ -22,8 +22,6 @@ def bind_filters(filters: Any, *, layout: Any = "NHWC") -> Filters:
         raise SpecTypeError(complaint(op, "filters are prepacked already"))
     intake = Intake(op)
     array = intake.array("filters", filters)
-    if intake.on_gpu:
-        intake.turn_away_gpu([array])
     judged_layout = options.layout(op, layout)
     if array.ndim not in (2, 4):
         problem = f"filters has {array.ndim} axes, needs 4: {AXES[judged_layout]}, or 2: (channels, units)"
@@ -31,7 +29,8 @@ def bind_filters(filters: Any, *, layout: Any = "NHWC") -> Filters:
     if not is_floating(array.dtype):
         hint = "filters.astype(np.float32) makes one"
         raise SpecTypeError(complaint(op, f"filters has dtype {array.dtype.name}, needs a floating dtype", hint=hint))
-    return Filters(intake.settle("filters", array), judged_layout)
+    with intake.device:
+        return Filters(intake.settle("filters", array), judged_layout)
 
 
 def judge_filters(

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fusionops.binding import options
-from fusionops.binding.arrays import Array, Intake, Shape, is_floating, native
+from fusionops.binding.arrays import Array, Intake, Shape, is_floating, is_plain, native, plain_on_gpu
 from fusionops.binding.call import CACHED_JUDGEMENTS, Call, Judgement, bound, judge_out, judge_size
 from fusionops.binding.messages import Labelled, complaint, spelled
 from fusionops.binding.sources import Key, plain_sources, read_sources, settle_parameters, source_spec
@@ -31,44 +31,51 @@ def bind_merge(
     out: Any = None,
 ) -> Call:
     """Bind `add`, which has the options from `weights` on, or `concat`, which has `axis`."""
-    intake = None
-    plain = plain_sources(sources) if weights is None and normalize is None else None
+    intake = plain = None
+    if weights is None and normalize is None:
+        plain = plain_sources(sources, is_plain) if out is None or type(out) is np.ndarray else None
+        if plain is None:
+            plain = plain_on_gpu(plain_sources, sources, out=out)
     if plain is not None:
         arrays, keys = plain
         operands = Operands(arrays)
     else:
         intake = Intake(op)
         operands, keys = _read_operands(intake, sources, weights, normalize)
-    judgement = _judge_merge(op, keys, _axis(op, axis), options.activation(op, "activation", activation))
+        out = intake.destination(out)
+    judgement = _judge_merge(
+        op, keys, axis if type(axis) is int else _axis(op, axis), options.activation(op, "activation", activation)
+    )
     if out is not None:
         judge_out(op, out, judgement)
-    copies: tuple[str, ...] = ()
-    if intake is not None or judgement.mixed:
-        copies = _settle(intake or Intake(op), operands, judgement)
-    return bound(op, judgement, operands, out, copies, elementwise=op == "add")
+    if judgement.mixed and intake is None:
+        intake = Intake(op)
+        operands, _ = _read_operands(intake, sources, weights, normalize)
+    if intake is not None:
+        _settle(intake, operands, judgement)
+    return bound(op, judgement, operands, out, intake, elementwise=op == "add")
 
 
 def _read_operands(intake: Intake, sources: Any, weights: Any, normalize: Any) -> tuple[Operands, tuple[Key, ...]]:
     """Every source as given, and its key."""
     arrays, keys, parameters = read_sources(intake, sources, weights, normalize)
-    if intake.on_gpu:
-        intake.turn_away_gpu(arrays)
     if intake.op == "add" and any(type(source) in _WEAK for source in sources):
         arrays = _with_strong_numbers(intake.op, sources, arrays)
         keys = tuple((shape, array.dtype, prologue) for array, (shape, _, prologue) in zip(arrays, keys, strict=True))
     return Operands(arrays, *parameters), keys
 
 
-def _settle(intake: Intake, operands: Operands, judgement: Judgement) -> tuple[str, ...]:
-    """Make the arrays what kernels take, all of one dtype where the spec says so; returns what was copied and why."""
-    arrays = [intake.settle(f"sources[{i}]", array) for i, array in enumerate(operands.sources)]
-    for i, (array, source) in enumerate(zip(arrays, judgement.spec.sources, strict=True)):
-        if array.dtype.name != source.dtype:
-            arrays[i] = array.astype(judgement.dtype)
-            intake.copies += (f"sources[{i}]: converted from {array.dtype} to {source.dtype}, the dtype of the result",)
-    operands.sources = tuple(arrays)
-    settle_parameters(operands, judgement.dtype)
-    return intake.copies
+def _settle(intake: Intake, operands: Operands, judgement: Judgement) -> None:
+    """Make the arrays what kernels take, all of one dtype where the spec says so."""
+    with intake.device:
+        arrays = [intake.settle(f"sources[{i}]", array) for i, array in enumerate(operands.sources)]
+        for i, array in enumerate(arrays):
+            if judgement.mixed and array.dtype != judgement.dtype:
+                arrays[i] = array.astype(judgement.dtype)
+                change = f"converted from {array.dtype} to {judgement.dtype}, the dtype of the result"
+                intake.copies += (f"sources[{i}]: {change}",)
+        operands.sources = tuple(arrays)
+        settle_parameters(intake, operands, judgement.dtype)
 
 
 @lru_cache(maxsize=CACHED_JUDGEMENTS)

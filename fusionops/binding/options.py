@@ -27,6 +27,8 @@ _ALIASES = {"swish": "silu", "leakyrelu": "leaky_relu", "hard_swish": "hardswish
 
 def integer(op: str, name: str, value: Any, least: int) -> int:
     """A whole number in [least, EXTENT_LIMIT]; True and 1.0 are not whole numbers here."""
+    if type(value) is int and least <= value <= EXTENT_LIMIT:
+        return value
     try:
         number = None if isinstance(value, (bool, np.bool_)) else operator.index(value)
     except TypeError:
@@ -124,7 +126,9 @@ def choice(op: str, name: str, value: Any, allowed: tuple[str, ...]) -> str | No
 
 def flag(op: str, name: str, value: Any) -> bool:
     """True or False, and nothing that merely has a truth value."""
-    if isinstance(value, (bool, np.bool_)):
+    if type(value) is bool:
+        return value
+    if isinstance(value, np.bool_):
         return bool(value)
     raise SpecTypeError(complaint(op, f"{name} is {spelled(value)}, needs True or False"))
 

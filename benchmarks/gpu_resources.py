@@ -1,0 +1,113 @@
+"""Prints what the CUDA kernels take and what their plans would ask of an H200, as the tables of docs/gpu-kernels.md.
+
+    python benchmarks/gpu_resources.py
+
+Arithmetic and the assembler's report alone: nothing runs on a GPU. Needs the wheel nvidia-cuda-nvrtc.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import ChainMap
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from gpu_on_host import SYMBOLS
+from host_cuda.nvrtc import Resources, compile_cubin
+
+from fusionops import gpu
+from fusionops.cost import analyse
+from fusionops.device import H200
+from fusionops.gpu import igemm, mma, module, stream
+from fusionops.problems import conv, in_dtype
+from fusionops.problems.rows import ADD, CONCAT, Problem
+
+ARCHS = ("sm_80", "sm_90a")
+THREADS = 256
+BLOCK_RESERVES = 1024  # bytes of shared memory that every block takes besides its own
+# NVIDIA's data sheet of the H200 SXM: dense FLOP/s, and bytes/s of its memory.
+PEAK_FLOPS = {"bfloat16": 989e12, "float16": 989e12, "float32": 67e12}
+BANDWIDTH = 4.8e12
+
+
+def resources(source: str, arch: str) -> dict[str, Resources]:
+    names = [name for name in SYMBOLS[source] if name.endswith(", 4>")]
+    flags = (*module.FLAGS, "-ftz=true")
+    workers = os.cpu_count() or 1
+
+    def part(i: int) -> dict[str, Resources]:
+        return compile_cubin(module.read_source(source), arch, flags, names[i::workers]).kernels
+
+    with ThreadPoolExecutor(workers) as pool:
+        return dict(ChainMap(*pool.map(part, range(workers))))
+
+
+def shared_bytes(source: str, name: str) -> int:
+    """Dynamic shared memory of a block."""
+    if source == mma.SOURCE:
+        return mma.block_shared_bytes(int(name.split(", ")[2]))
+    if source == stream.SOURCE:
+        return 0
+    dtype, _, *extents, _ = name.removeprefix("conv_fprop_igemm<").removesuffix(">").split(", ")
+    return igemm.Tile(*map(int, extents)).shared_bytes(8 if dtype == "double" else 4)
+
+
+def resident_blocks(registers: int, shared: int) -> int:
+    """Of a multiprocessor of an H200."""
+    by_shared = H200.shared_bytes // (shared + BLOCK_RESERVES)
+    return min(H200.registers // (-(-registers // 8) * 8 * THREADS), H200.threads // THREADS, by_shared)
+
+
+def kernels() -> Iterator[str]:
+    yield "| kernel | registers sm_80 | sm_90a | spills | shared, KiB | blocks of an SM, H200 |"
+    yield "|---|---|---|---|---|---|"
+    for source in SYMBOLS:
+        found = [resources(source, arch) for arch in ARCHS]
+        for name in sorted(found[0]):
+            spills = sum(each[name].spill_stores + each[name].spill_loads for each in found)
+            shared = shared_bytes(source, name)
+            registers = [each[name].registers for each in found]
+            yield (f"| `{name}` | {registers[0]} | {registers[1]} | {spills} | {shared / 1024:.1f} | "
+                   f"{resident_blocks(registers[1], shared)} |")  # fmt: skip
+
+
+def layers() -> Iterator[Problem]:
+    for name, H, C, K, taps in (
+        ("keras_conv", 128, 64, 64, 3),
+        ("unet256_l4", 32, 512, 512, 3),
+        ("unet256_l3", 64, 256, 256, 3),
+        ("unet256_l2", 128, 128, 128, 3),
+        ("unet256_l1", 256, 64, 64, 3),
+        ("pointwise", 56, 256, 512, 1),
+    ):
+        for merge in (CONCAT, ADD):
+            yield conv(name, merge, (C, C), K, taps, taps, N=8, H=H, W=H, strict=False)
+
+
+def plans() -> Iterator[str]:
+    yield "| layer, batch 8 | dtype | kernel | GFLOP | MiB moved | blocks | rounds | arithmetic, µs | memory, µs |"
+    yield "|---|---|---|---|---|---|---|---|---|"
+    for problem in layers():
+        for dtype in ("bfloat16", "float32"):
+            spec = in_dtype(problem, dtype).spec if dtype != "float32" else problem.spec
+            kernel = next(kernel for kernel in gpu.KERNELS if not kernel.unsupported(spec) and not kernel.slow(spec))
+            config, cost = kernel.plan(spec, H200), analyse(spec)
+            rounds = config.blocks / (2 * H200.multiprocessors)
+            name = kernel.name.removeprefix("gpu.")
+            times = cost.flops / PEAK_FLOPS[dtype], cost.bytes_moved / BANDWIDTH
+            numbers = f"{cost.flops / 1e9:.1f} | {cost.bytes_moved / 2**20:.1f} | {config.blocks} | {rounds:.1f}"
+            yield (
+                f"| {problem.name} | {dtype} | {name} | {numbers} | "
+                + " | ".join(f"{s * 1e6:.0f}" for s in times)
+                + " |"
+            )
+
+
+if __name__ == "__main__":
+    for table in (plans(), kernels()):
+        print(*table, "", sep="\n")

@@ -1,0 +1,113 @@
+"""What every primitive of the CUDA backend must do, against NumPy: wherever the kernels of primitives.cu are run.
+
+Tests run them on the host, `benchmarks/gpu_check.py` on a GPU; PTX and its stand-ins answer to the same formulas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes  # bfloat16 for NumPy
+import numpy as np
+
+from fusionops.gpu import module
+
+SOURCE = Path(__file__).parent / "primitives.cu"
+FORMATS = {"f16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
+NAMES = (
+    "rounded_arithmetic",
+    *(f"{kernel}<{kind}>" for kernel in ("widened", "narrowed", "pairs", "tile_product") for kind in FORMATS),
+)
+THREADS = 256
+
+# launch(name, blocks, threads, arrays, shared bytes): runs a kernel on the arrays, which it may write.
+Launch = Callable[[str, int, int, tuple[np.ndarray[Any, Any], ...], int], None]
+
+
+def source() -> str:
+    """The kernels with the backend's headers in place."""
+    first, *rest = SOURCE.read_text(encoding="utf-8").split('#include "common.cuh"')
+    return first + module.read_source("common.cuh") + "".join(rest)
+
+
+def check_all(launch: Launch) -> None:
+    """Raises AssertionError at the first primitive that differs."""
+    check_rounded_arithmetic(launch)
+    for kind in FORMATS:
+        check_conversions(launch, kind)
+        check_pairs(launch, kind)
+        check_tile_product(launch, kind)
+
+
+def check_rounded_arithmetic(launch: Launch) -> None:
+    """One rounding each, subnormal numbers kept."""
+    rng = np.random.default_rng(0)
+    size = 64 * THREADS
+    a, b = ((rng.standard_normal(size) * 2.0 ** rng.integers(-149, 60, size)).astype(np.float32) for _ in range(2))
+    a[:THREADS] = rng.integers(0, 1 << 12, THREADS).astype(np.uint32).view(np.float32)  # subnormal
+    b[: THREADS // 2] = rng.integers(0, 1 << 12, THREADS // 2).astype(np.uint32).view(np.float32)
+    sums, products, both = (np.full(size, np.nan, np.float32) for _ in range(3))
+    launch("rounded_arithmetic", size // THREADS, THREADS, (a, b, sums, products, both), 0)
+    with np.errstate(all="ignore"):
+        _same(sums, a + b)
+        _same(products, a * b)
+    # The product of two float32 is exact in float64, so the sum there rounds once, and again to float32: within one
+    # unit, and never further than that.
+    exact = a.astype(np.float64) * b + a
+    assert (np.abs(both - exact) <= np.maximum(np.spacing(np.abs(exact.astype(np.float32))), 2.0**-149)).all()
+
+
+def check_conversions(launch: Launch, kind: str) -> None:
+    """Every 16-bit number to float32 and back; rounding to nearest even between neighbours, at ties and beyond them."""
+    dtype = FORMATS[kind]
+    every = np.arange(1 << 16, dtype=np.uint16).view(dtype)
+    wide = np.zeros(every.size, np.float32)
+    launch(f"widened<{kind}>", every.size // THREADS, THREADS, (every, wide), 0)
+    _same(wide, every.astype(np.float32))
+    finite = np.sort(every[np.isfinite(every.astype(np.float32))].astype(np.float32))
+    between = np.nextafter(finite[:-1] / 2 + finite[1:] / 2, np.float32(np.inf))
+    rng = np.random.default_rng(1)
+    numbers = np.concatenate([
+        finite, finite[:-1] / 2 + finite[1:] / 2, between, [np.inf, -np.inf, np.nan, 3e38, -3e38, 1e-40],
+        rng.standard_normal(5 * THREADS) * 10.0 ** rng.uniform(-40, 38, 5 * THREADS),
+    ]).astype(np.float32)  # fmt: skip
+    numbers = np.resize(numbers, -(-numbers.size // THREADS) * THREADS)
+    narrow = np.zeros(numbers.size, dtype)
+    launch(f"narrowed<{kind}>", numbers.size // THREADS, THREADS, (numbers, narrow), 0)
+    with np.errstate(all="ignore"):
+        _same(narrow.astype(np.float32), numbers.astype(dtype).astype(np.float32))
+
+
+def check_pairs(launch: Launch, kind: str) -> None:
+    dtype = FORMATS[kind]
+    rng = np.random.default_rng(2)
+    a, b = (rng.integers(0, 1 << 16, 256 * THREADS, np.uint16).view(dtype) for _ in range(2))
+    sums, products = np.zeros_like(a), np.zeros_like(a)
+    launch(
+        f"pairs<{kind}>", a.size // 2 // THREADS, THREADS, tuple(x.view(np.uint32) for x in (a, b, sums, products)), 0
+    )
+    with np.errstate(all="ignore"):
+        for found, expected in ((sums, a + b), (products, a * b)):
+            _same(found.astype(np.float32), expected.astype(np.float32))
+
+
+def check_tile_product(launch: Launch, kind: str) -> None:
+    """Integers: exact in any order of the sum. Each position has products of its own, so that none can be exchanged."""
+    dtype = FORMATS[kind]
+    rng = np.random.default_rng(3)
+    a, b, c = rng.integers(-8, 9, (16, 16)), rng.integers(-8, 9, (16, 8)), rng.integers(-99, 99, (16, 8))
+    sums = c.astype(np.float32)
+    launch(f"tile_product<{kind}>", 1, 32, (a.astype(dtype), b.astype(dtype), sums), 2 * 16 * 16 * 2)
+    np.testing.assert_array_equal(sums, a @ b + c)
+
+
+def _same(found: np.ndarray[Any, Any], expected: np.ndarray[Any, Any]) -> None:
+    """Equal bits, but that any NaN equals any other."""
+    nan = np.isnan(expected)
+    np.testing.assert_array_equal(np.isnan(found), nan)
+    unequal = (found.view(np.uint32) != expected.view(np.uint32)) & ~nan
+    assert not unequal.any(), (
+        f"{np.count_nonzero(unequal)} differ, the first {found[unequal][0]} for {expected[unequal][0]}"
+    )

@@ -1,0 +1,44 @@
+"""Every instantiation of every CUDA kernel, compiled for the oldest supported GPU and for Hopper, in its budget."""
+
+from __future__ import annotations
+
+import os
+from collections import ChainMap
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from gpu_on_host import SYMBOLS
+from host_cuda.nvrtc import compile_cubin
+
+from fusionops.device import A100
+from fusionops.gpu import igemm, mma, module, stream
+
+# Registers of a thread that let two blocks share a multiprocessor; four blocks where latency is all there is to hide.
+BLOCKS = {stream.SOURCE: 2, igemm.SOURCE: 2, mma.SOURCE: 2}
+THREADS = 256  # of every block
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+@pytest.mark.parametrize("source", SYMBOLS)
+def test_registers_are_within_budget_and_none_spill(source, arch):
+    flags = (*module.FLAGS, "-ftz=true")  # as CuPy compiles
+    symbols = SYMBOLS[source]
+
+    def resources(names):
+        return compile_cubin(module.read_source(source), arch, flags, names).kernels
+
+    with ThreadPoolExecutor() as pool:
+        workers = os.cpu_count() or 1
+        kernels = dict(ChainMap(*pool.map(resources, (symbols[i::workers] for i in range(workers)))))
+    assert set(kernels) == set(symbols)
+    budget = A100.registers // (BLOCKS[source] * THREADS)
+    over = {
+        name: found
+        for name, found in kernels.items()
+        if found.registers > budget or found.spill_stores or found.spill_loads or found.shared
+    }
+    assert over == {}
+
+
+def test_every_file_of_the_backend_is_compiled():
+    assert {path.name for path in module.HERE.glob("*.cu")} == set(SYMBOLS)

@@ -1,0 +1,313 @@
+"""Every GPU kernel on every problem it supports: its CUDA C, executed on the host through the backend's launch code.
+
+What a GPU alone can show, the PTX in `primitives.cuh` and speed, is not seen here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import cycle
+from operator import attrgetter
+
+import numpy as np
+import pytest
+from gpu_on_host import HostRuntime
+from host_cuda.module import thread_order
+from kernel_checks import assert_same_bits, assert_within, exact_case, expected_of, rng_of, with_batch
+
+from fusionops import reference
+from fusionops.device import GPU_PROFILES, H200
+from fusionops.gpu import KERNELS, igemm, mma, module, stream
+from fusionops.kernel import Filters, Kernel, Operands
+from fusionops.problems import CONVS, DENSES, Part, conv, dense, in_dtype, join
+from fusionops.problems import PROBLEMS as ALL
+from fusionops.problems.rows import ADD, CONCAT, conv_both
+from fusionops.spec import FusionSpec, Merge, SourceSpec
+from fusionops.testing import (
+    activation_bound,
+    error_bound,
+    guarded_copy,
+    guarded_empty,
+    map_operands,
+    random_operands,
+)
+
+# Sums in any order, which tensor cores need; the convolutions among PROBLEMS state theirs.
+PROBLEMS = (
+    *ALL,
+    *(
+        replace(narrow, name=f"{narrow.name}_any_order", spec=replace(narrow.spec, strict=False))
+        for dtype, problems in (("bfloat16", (*CONVS[::2], *DENSES)), ("float16", (*CONVS[::7], *DENSES[::2])))
+        for narrow in (in_dtype(problem, dtype) for problem in problems)
+    ),
+)
+CASES = [
+    pytest.param(kernel, problem, id=f"{kernel.name}-{problem}")
+    for kernel in KERNELS
+    for problem in PROBLEMS
+    if not kernel.unsupported(problem.spec)
+]
+every_case = pytest.mark.parametrize(("kernel", "problem"), CASES)
+every_contraction = pytest.mark.parametrize(
+    ("kernel", "problem"), [case for case in CASES if case.values[1].spec.contraction is not None]
+)
+STRIDED = ("reversed", "second_axis_last")  # not the unaligned: CuPy has no such arrays
+
+
+@pytest.fixture(autouse=True)
+def host_runtime():
+    with module.use(HostRuntime()) as runtime:
+        yield runtime
+
+
+def execute(kernel: Kernel, spec: FusionSpec, operands: Operands, layout: str = "contiguous") -> list[np.ndarray]:
+    """What the kernel writes, into poisoned memory that must stay poisoned around it."""
+    outputs = [guarded_empty(spec.out_shape, spec.dtype, layout)]
+    if spec.return_sum:
+        outputs.append(guarded_empty(spec.merged_shape, spec.dtype, layout))
+        operands = replace(operands, merged=outputs[1].array)
+    kernel.run(spec, kernel.plan(spec, H200), operands, outputs[0].array)
+    for output in outputs:
+        output.assert_intact()
+    return [output.array for output in outputs]
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+def test_support_is_not_lost(problem):
+    """Whatever needs no prologue that no kernel applies yet has a kernel here; merges have those of the CPU's names."""
+    spec = problem.spec
+    able = {kernel.name for kernel in KERNELS if not kernel.unsupported(spec)}
+    if spec.contraction is None:
+        assert {name.replace("cpu.", "gpu.") for name in problem.kernels} <= able
+    elif any(source.scale or source.shift or source.activation for source in spec.sources):
+        assert able == set()
+    else:
+        on_tensor_cores = spec.dtype in mma.DTYPES and not spec.strict
+        assert len(able) == 1 + on_tensor_cores
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=attrgetter("name"))
+def test_every_kernel_runs_some_problems_and_refuses_others_in_sentences(kernel):
+    refusals = [kernel.unsupported(problem.spec) for problem in PROBLEMS]
+    assert sum(not reasons for reasons in refusals) >= 3
+    assert any(refusals)
+    assert all(isinstance(reason, str) and reason for reasons in refusals for reason in reasons)
+
+
+@every_case
+def test_plan_is_legal_and_pure(kernel, problem):
+    for device in GPU_PROFILES:
+        config = kernel.plan(problem.spec, device)
+        assert config.illegal_on(device) == ()
+        assert config == kernel.plan(problem.spec, device)
+        assert hash(config) == hash(kernel.plan(problem.spec, device))
+        assert config.scratch_bytes == config.shared_bytes == 0
+
+
+@every_case
+def test_exact_on_integers_in_any_order_of_threads(kernel, problem):
+    """Threads run as far as a barrier one after the other: where one is missing, some order reads what is not there."""
+    operands, expected = exact_case(problem)
+    guarded = map_operands(operands, guarded_copy)
+    bound = activation_bound(problem.spec, operands)
+    results = []
+    for order in (0, 1, 2):
+        with thread_order(order):
+            results.append(execute(kernel, problem.spec, guarded))
+        assert_within(results[-1][0], expected[0], bound)
+        assert_same_bits(results[-1][1:], expected[1:])
+        assert_same_bits(results[-1], results[0])
+
+
+@pytest.mark.parametrize("kind", ["positive", "badly_scaled"])
+@every_case
+def test_rounds_within_the_bound(kernel, problem, kind):
+    spec = problem.spec
+    operands = map_operands(random_operands(spec, rng_of(problem), kind), guarded_copy)
+    expected = expected_of(spec, operands)
+    actual = execute(kernel, spec, operands)
+    assert_within(actual[0], expected[0], error_bound(spec, operands))
+    assert_same_bits(actual[1:], expected[1:])
+
+
+@every_case
+def test_strides_do_not_change_bits(kernel, problem):
+    spec = problem.spec
+    operands = random_operands(spec, rng_of(problem))
+    plain = execute(kernel, spec, operands)
+    for layout in STRIDED:
+        there = map_operands(operands, lambda array: guarded_copy(array, layout if array.ndim > 1 else "contiguous"))  # noqa: B023  used at once
+        assert_same_bits(execute(kernel, spec, there, layout), plain)
+    layouts = cycle([*STRIDED, "contiguous"])
+    mixed = replace(operands, sources=tuple(guarded_copy(source, next(layouts)) for source in operands.sources))
+    assert_same_bits(execute(kernel, spec, mixed), plain)
+
+
+ALIGNED = tuple(
+    replace(problem, spec=replace(problem.spec, strict=False))
+    for dtype in ("bfloat16", "float16")
+    for problem in (
+        in_dtype(each, dtype)
+        for each in (
+            *conv_both("aligned", 64, 128, N=2, H=9, W=8),
+            *conv_both("aligned_dilated", 8, 8, H=9, W=8, dilation=(2, 1), stride=(1, 2)),
+            *conv_both("aligned_groups", 32, 48, groups=2),
+            *conv_both("aligned_pointwise", 40, 136, 1, 1, H=13, W=11),
+            conv("aligned_sources", CONCAT, (8, 40, 16, 24), 24, H=6, W=8),
+            conv("aligned_upsampled", CONCAT, (24, Part(16, (2, 2))), 16, H=6, W=8),
+            conv("aligned_upsampled", ADD, (24, Part(24, (2, 2)), 24), 16, H=6, W=8, residual=Part(16)),
+            conv("aligned_weighted", ADD, (Part(16, weight="scalar"), Part(16, weight="vector"), 16), 24),
+            dense("aligned", ADD, (64, 64), 64, rows=200),
+            dense("aligned", CONCAT, (64, 32), 72, rows=133),
+        )
+    )
+)
+
+
+@pytest.mark.parametrize("problem", ALIGNED, ids=str)
+def test_runs_that_are_copied_have_the_bits_of_gathered_ones(problem, host_runtime):
+    """Arrays of whole runs of 16 bytes at multiples of 16; the same ones elsewhere; and the reference."""
+    spec = problem.spec
+    operands, expected = exact_case(problem)
+    for alike in (operands, random_operands(spec, rng_of(problem))):
+        apart = execute(mma_kernel(spec), spec, map_operands(alike, guarded_copy))
+        together = map_operands(alike, aligned_copy)
+        for filters in mma.FILTERS:
+            forced = replace(mma_kernel(spec), plan=lambda spec, device, n=filters: mma.with_tile(spec, n))
+            assert_same_bits(execute(forced, spec, together), apart)
+        strides = tuple(source.strides for source in together.sources)
+        residual = None if together.residual is None else together.residual.strides
+        out = np.empty(spec.out_shape, spec.dtype).strides
+        head = igemm.prepare(spec, strides, together.filters.strides, out, residual, (True, True))[0]
+        assert (head["vectors_a"], head["vectors_b"]) == (1, 1)
+        if alike is operands:
+            assert_within(apart[0], expected[0], activation_bound(spec, operands))
+        for order in (1, 2):
+            with thread_order(order):
+                assert_same_bits(execute(mma_kernel(spec), spec, together), apart)
+
+
+def mma_kernel(spec: FusionSpec) -> Kernel:
+    return next(kernel for kernel in mma.KERNELS if not kernel.unsupported(spec))
+
+
+def aligned_copy(array: np.ndarray) -> np.ndarray:
+    """A copy whose address is a multiple of 16."""
+    memory = np.empty(array.nbytes + 16, np.uint8)
+    copy = np.ndarray(array.shape, array.dtype, memory, -memory.ctypes.data % 16)
+    copy[...] = array
+    return copy
+
+
+@every_contraction
+def test_the_tile_does_not_change_bits(kernel, problem):
+    spec = problem.spec
+    on_tensor_cores = kernel in mma.KERNELS
+    tiles = mma.FILTERS if on_tensor_cores else igemm.TILES[igemm.computed_bytes(spec.dtype)]
+    configs = [(mma if on_tensor_cores else igemm).with_tile(spec, tile) for tile in tiles]
+    assert kernel.plan(spec, H200) in configs
+    operands = random_operands(spec, rng_of(problem))
+    first, *others = [
+        execute(replace(kernel, plan=lambda spec, device, config=config: config), spec, operands) for config in configs
+    ]
+    for other in others:
+        assert_same_bits(other, first)
+
+
+@every_contraction
+def test_splitting_the_batch_does_not_change_bits(kernel, problem):
+    spec = with_batch(problem.spec, 3)
+    operands = random_operands(spec, rng_of(problem))
+    whole = execute(kernel, spec, operands)
+    for part in (slice(0, 1), slice(1, 3)):
+        split = replace(
+            operands,
+            sources=tuple(source[part] for source in operands.sources),
+            residual=None if operands.residual is None else operands.residual[part],
+        )
+        alone = execute(kernel, with_batch(spec, part.stop - part.start), split)
+        assert_same_bits(alone, [output[part] for output in whole])
+
+
+@every_contraction
+def test_fused_equals_unfused_bit_for_bit(kernel, problem):
+    spec = problem.spec
+    operands = random_operands(spec, rng_of(problem))
+    alone = replace(spec, contraction=None, bias=False, residual=None, activation=None, return_sum=False)
+    alone = replace(alone, axis=spec.channel_axis)
+    merged = np.empty(spec.merged_shape, spec.dtype)
+    reference.run(alone, operands, merged)  # NumPy's own sum or concatenation
+    one = replace(spec, sources=(SourceSpec(merged.shape, spec.dtype),), return_sum=False)
+    unfused = replace(operands, sources=(merged,), weights=(None,), scales=(None,), shifts=(None,), merged=None)
+    assert_same_bits(execute(kernel, one, unfused), execute(kernel, spec, operands)[:1])
+
+
+def test_kept_filters_are_read_as_they_are():
+    problem = next(problem for problem in PROBLEMS if problem.name == "concat_conv_odd_channels")
+    kernel = next(kernel for kernel in KERNELS if not kernel.unsupported(problem.spec))
+    operands = random_operands(problem.spec, rng_of(problem))
+    kept = replace(operands, filters=Filters(operands.filters, problem.spec.layout))
+    assert_same_bits(execute(kernel, problem.spec, kept), execute(kernel, problem.spec, operands))
+
+
+@pytest.mark.parametrize("bad", [np.inf, np.nan])
+def test_an_infinite_filter_meets_no_padding(bad):
+    """Its product with a zero of the padding would be NaN where there is nothing to multiply."""
+    problem = next(problem for problem in PROBLEMS if problem.name == "add_conv_many_tiles")
+    spec = problem.spec
+    operands = exact_case(problem)[0]
+    operands.filters[0, 0, 1, 2] = bad
+    kernel = next(kernel for kernel in KERNELS if not kernel.unsupported(spec))
+    (actual,), (expected,) = execute(kernel, spec, operands), expected_of(spec, operands)
+    np.testing.assert_array_equal(actual, expected)
+    assert np.isfinite(actual[0, 0, :, 2]).all()  # the first row has no pixel above it
+
+
+@pytest.mark.parametrize("merge", list(Merge))
+def test_more_sources_than_a_launch_takes(merge, host_runtime):
+    for problem in (
+        join("two_launches", merge, *[(3, 17)] * 130, axis=1 if merge is Merge.CONCAT else 0, streams=()),
+        dense("two_launches", merge, [7] * 70, 5),
+    ):
+        operands, expected = exact_case(problem)
+        kernel = next(kernel for kernel in KERNELS if not kernel.unsupported(problem.spec))
+        host_runtime.launched.clear()
+        assert_same_bits(execute(kernel, problem.spec, operands), expected)
+        assert len(host_runtime.launched) > 1
+
+
+def test_more_axes_than_a_launch_walks_through(host_runtime):
+    """Ten axes that cannot be joined, two of which the host walks through."""
+    shape = (2, 3) * 5
+    spec = FusionSpec(Merge.ADD, (SourceSpec(shape, "float32"),) * 2, dtype="float32")
+    rng = np.random.default_rng(0)
+    arrays = [rng.integers(-9, 9, tuple(2 * extent for extent in shape)).astype("f")[(slice(None, None, 2),) * 10]
+              for _ in range(2)]  # fmt: skip
+    out = np.full(shape, np.nan, "f")
+    kernel = next(kernel for kernel in KERNELS if not kernel.unsupported(spec))
+    kernel.run(spec, kernel.plan(spec, H200), Operands(tuple(arrays)), out)
+    np.testing.assert_array_equal(out, arrays[0] + arrays[1])
+    assert len(host_runtime.launched) == 6
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64", "int8", "int64", "bool"])
+def test_sixteen_bytes_at_a_time_where_they_are_aligned(dtype, host_runtime):
+    item = np.dtype(dtype).itemsize
+    spec = FusionSpec(Merge.ADD, (SourceSpec((4, 64), dtype),) * 2, dtype=dtype)
+    kernel = next(kernel for kernel in KERNELS if not kernel.unsupported(spec))
+    memory = np.zeros(3 * 256 * item + 32, np.uint8)
+    start = -memory.ctypes.data % 16
+
+    def array(j: int, offset: int) -> np.ndarray:
+        return np.ndarray((4, 64), dtype, memory, start + j * 256 * item + offset)
+
+    for offset, vector in ((0, 16 // item), (item, 1)):
+        kernel.run(spec, kernel.plan(spec, H200), Operands((array(0, offset), array(1, offset))), array(2, offset))
+        assert f", {vector}, u32, 4>" in host_runtime.launched[-1]
+    assert memory.any() == False  # noqa: E712  a NumPy bool, and zeros were added
+
+
+def test_the_last_symbol_has_a_problem_of_its_own():
+    """Every instantiation that a plan can name is compiled; none is compiled that no plan names."""
+    assert len(set(stream.SYMBOLS)) == len(stream.SYMBOLS)
+    assert len(set(igemm.SYMBOLS)) == len(igemm.SYMBOLS)
