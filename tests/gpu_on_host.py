@@ -16,7 +16,9 @@ SYMBOLS = {stream.SOURCE: stream.SYMBOLS, igemm.SOURCE: igemm.SYMBOLS, mma.SOURC
 @functools.cache
 def _functions(source: str, sanitize: bool) -> Any:
     """All instantiations of a source, compiled together."""
-    return HostModule(module.read_source(source), host_flags(), SYMBOLS[source], sanitize=sanitize)
+    return HostModule(
+        module.read_source(source), host_flags(), SYMBOLS[source], sanitize=sanitize, checks_alignment=sanitize
+    )
 
 
 def host_flags() -> tuple[str, ...]:

@@ -19,10 +19,10 @@ from fusionops import reference
 from fusionops.device import GPU_PROFILES, H200
 from fusionops.gpu import KERNELS, igemm, mma, module, stream
 from fusionops.kernel import Filters, Kernel, Operands
-from fusionops.problems import CONVS, DENSES, Part, conv, dense, in_dtype, join
+from fusionops.problems import CONVS, DENSES, Part, Problem, conv, dense, in_dtype, join
 from fusionops.problems import PROBLEMS as ALL
 from fusionops.problems.rows import ADD, CONCAT, conv_both
-from fusionops.spec import FusionSpec, Merge, SourceSpec
+from fusionops.spec import FusionSpec, Layout, Merge, SourceSpec
 from fusionops.testing import (
     activation_bound,
     error_bound,
@@ -37,19 +37,33 @@ PROBLEMS = (
     *ALL,
     *(
         replace(narrow, name=f"{narrow.name}_any_order", spec=replace(narrow.spec, strict=False))
-        for dtype, problems in (("bfloat16", (*CONVS[::2], *DENSES)), ("float16", (*CONVS[::7], *DENSES[::2])))
-        for narrow in (in_dtype(problem, dtype) for problem in problems)
+        for narrow in (in_dtype(problem, "float16") for problem in (*CONVS[::6], *DENSES[::2]))
     ),
 )
+
+
+def is_told_apart(kernel: Kernel, problem: Problem) -> bool:
+    """Whether the kernel has not run the same before: CUDA cores sum in one order, asked to or not, and form none of
+    the rewrites whose edges stand among the problems in every format and layout.
+    """
+    spec = problem.spec
+    if spec.contraction is None or kernel in mma.KERNELS:
+        return True
+    return spec.strict or (spec.dtype == "float32" and spec.layout is Layout.NHWC)
+
+
 CASES = [
     pytest.param(kernel, problem, id=f"{kernel.name}-{problem}")
     for kernel in KERNELS
     for problem in PROBLEMS
-    if not kernel.unsupported(problem.spec)
+    if not kernel.unsupported(problem.spec) and is_told_apart(kernel, problem)
 ]
 every_case = pytest.mark.parametrize(("kernel", "problem"), CASES)
-every_contraction = pytest.mark.parametrize(
-    ("kernel", "problem"), [case for case in CASES if case.values[1].spec.contraction is not None]
+# Instantiations for other formats differ in nothing but how an element is loaded and stored.
+TYPICAL = [case for case in CASES if case.values[0].name.endswith(("_f32", "_bf16", "_any"))]
+every_typical_case = pytest.mark.parametrize(("kernel", "problem"), TYPICAL)
+every_typical_contraction = pytest.mark.parametrize(
+    ("kernel", "problem"), [case for case in TYPICAL if case.values[1].spec.contraction is not None]
 )
 STRIDED = ("reversed", "second_axis_last")  # not the unaligned: CuPy has no such arrays
 
@@ -130,7 +144,7 @@ def test_rounds_within_the_bound(kernel, problem, kind):
     assert_same_bits(actual[1:], expected[1:])
 
 
-@every_case
+@every_typical_case
 def test_strides_do_not_change_bits(kernel, problem):
     spec = problem.spec
     operands = random_operands(spec, rng_of(problem))
@@ -199,7 +213,7 @@ def aligned_copy(array: np.ndarray) -> np.ndarray:
     return copy
 
 
-@every_contraction
+@every_typical_contraction
 def test_the_tile_does_not_change_bits(kernel, problem):
     spec = problem.spec
     on_tensor_cores = kernel in mma.KERNELS
@@ -214,7 +228,7 @@ def test_the_tile_does_not_change_bits(kernel, problem):
         assert_same_bits(other, first)
 
 
-@every_contraction
+@every_typical_contraction
 def test_splitting_the_batch_does_not_change_bits(kernel, problem):
     spec = with_batch(problem.spec, 3)
     operands = random_operands(spec, rng_of(problem))
@@ -229,7 +243,7 @@ def test_splitting_the_batch_does_not_change_bits(kernel, problem):
         assert_same_bits(alone, [output[part] for output in whole])
 
 
-@every_contraction
+@every_typical_contraction
 def test_fused_equals_unfused_bit_for_bit(kernel, problem):
     spec = problem.spec
     operands = random_operands(spec, rng_of(problem))

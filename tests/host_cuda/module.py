@@ -190,6 +190,7 @@ class HostModule:
     options   of NVRTC: -D…, -I…, -std=c++17; -arch=… is ignored
     order     of the threads of a block, as for thread_order, which has precedence
     sanitize  with the address sanitizer; needs a process that was started in sanitizer_environment()
+    checks_alignment  whether a misaligned access is an error, as on a device
     """
 
     def __init__(
@@ -200,11 +201,12 @@ class HostModule:
         *,
         order: int = 0,
         sanitize: bool = False,
+        checks_alignment: bool = True,
     ) -> None:
         if sanitize and not hasattr(ctypes.CDLL(None), "__asan_init"):
             raise RuntimeError("the address sanitizer is not in this process: start it in sanitizer_environment()")
         common = (*FLAGS, *SANITIZE) if sanitize else FLAGS
-        flags = (*common, *KERNEL_FLAGS)
+        flags = (*common, *KERNEL_FLAGS) if checks_alignment else common
         folders, definitions = _translated(options)
         source = f'#include "cuda_on_host.h"\n{definitions}#line 1 "kernel.cu"\n{code}\n'
         preprocessed, _ = _compiler(*flags, "-E", "-I", str(HERE), *folders, "-x", "c++", "-", source=source)
