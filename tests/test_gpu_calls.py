@@ -1,0 +1,104 @@
+"""Public calls on CuPy arrays, from end to end: the real backend and its CUDA C, executed on the host.
+
+fake_cupy stands for CuPy; what the cpu backend gives for the same numbers is what these calls are held to.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import fake_cupy as cp
+import numpy as np
+import pytest
+from gpu_on_host import HostRuntime
+
+import fusionops as fo
+from fusionops import dispatch
+from fusionops.device import H200
+from fusionops.gpu import module
+
+
+class FakeCupyRuntime(HostRuntime):
+    library = cp
+
+    def address(self, array):
+        return array.data.ptr
+
+
+@pytest.fixture(autouse=True)
+def runtime(monkeypatch):
+    """A usable GPU."""
+    monkeypatch.setitem(sys.modules, "cupy", cp)
+    monkeypatch.setattr("fusionops.gpu.reasons_unusable", lambda: ())
+    monkeypatch.setattr("fusionops.gpu.device", lambda: H200)
+    for cached in (dispatch.backend, dispatch.choose):
+        cached.cache_clear()
+    with module.use(FakeCupyRuntime()) as runtime:
+        yield runtime
+    for cached in (dispatch.backend, dispatch.choose):
+        cached.cache_clear()
+
+
+def integers(*shape, dtype=np.float32, seed=0):
+    return np.random.default_rng(seed).integers(-4, 5, shape).astype(dtype)
+
+
+X, Y, SMALL = integers(2, 6, 8, 9), integers(2, 6, 8, 9, seed=1), integers(2, 3, 4, 5, seed=2)
+F, G, B = integers(3, 3, 9, 7, seed=3), integers(3, 3, 14, 7, seed=4), integers(7, seed=5)
+MATRIX = integers(9, 4, seed=6)
+
+CALLS = {
+    "add": lambda a: fo.add([a(X), a(Y)], weights=[2, 3], activation="relu"),
+    "add_of_integers": lambda a: fo.add([a(X.astype(np.int8)), a(Y.astype(np.int8))]),
+    "add_broadcast": lambda a: fo.add([a(X), a(Y[:, :1]), 2.0]),
+    "concat": lambda a: fo.concat([a(X), a(Y)], axis=1),
+    "concat_upsampled": lambda a: fo.concat([a(X), fo.Source(a(SMALL), upsample=2)]),
+    "add_conv": lambda a: fo.add_conv([a(X), a(Y)], a(F), a(B), padding="same", strict=True),
+    "concat_conv": lambda a: fo.concat_conv(
+        [a(X), fo.Source(a(SMALL), upsample=2)], a(G), a(B), stride=2, activation="relu", strict=True
+    ),
+    "prepacked": lambda a: fo.add_conv([a(X)], fo.prepack(a(F)), padding=1, strict=True),
+    "nchw": lambda a: fo.add_conv(
+        [a(X.transpose(0, 3, 1, 2))], a(F.transpose(3, 2, 0, 1)), layout="NCHW", strict=True
+    ),
+    "add_dense": lambda a: fo.add_dense([a(X), a(Y)], a(MATRIX)),
+    "float16_on_tensor_cores": lambda a: fo.concat_dense(
+        [a(X.astype(np.float16)), a(Y.astype(np.float16))], a(np.concatenate([MATRIX, MATRIX]).astype(np.float16))
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_calls_give_what_the_cpu_gives(call):
+    """Integers, so that every order of a sum gives the same bits."""
+    expected, result = call(lambda array: array), call(cp.asarray)
+    assert type(result) is cp.ndarray
+    assert result.dtype == expected.dtype
+    np.testing.assert_array_equal(cp.asnumpy(result), expected)
+
+
+def test_out_and_the_sum_are_written_where_they_are_asked_for(runtime):
+    out = cp.asarray(np.zeros((2, 4, 6, 7), np.float32))
+    y, merged = fo.add_conv([cp.asarray(X), cp.asarray(Y)], cp.asarray(F), out=out, return_sum=True)
+    assert y is out
+    np.testing.assert_array_equal(cp.asnumpy(y), fo.add_conv([X + Y], F))
+    np.testing.assert_array_equal(cp.asnumpy(merged), X + Y)
+    assert [name.split("<")[0] for name in runtime.launched] == ["add_fprop_stream", "conv_fprop_igemm"]
+
+
+def test_explain_names_the_kernel_of_the_gpu():
+    half = [cp.asarray(X.astype(np.float16))] * 2
+    filters = cp.asarray(integers(3, 3, 9, 16, dtype=np.float16))
+    assert fo.explain("add_conv", half, filters).kernel == "gpu.add_conv_fprop_igemm_sm80_f16"
+    assert fo.explain("add_conv", half, filters, strict=True).kernel == "gpu.add_conv_fprop_igemm_f16"
+    assert fo.explain("add", half).kernel == "gpu.add_fprop_stream_f16"
+    few = cp.asarray(F.astype(np.float16))
+    assert fo.explain("add_conv", half, few).kernel == "gpu.add_conv_fprop_igemm_f16"
+    depthwise = cp.asarray(integers(3, 3, 1, 9, dtype=np.float16))
+    assert fo.explain("add_conv", half, depthwise, groups=9).kernel == "gpu.add_conv_fprop_igemm_f16"
+
+
+def test_an_empty_map_launches_nothing(runtime):
+    empty = cp.asarray(np.zeros((0, 6, 8, 9), np.float32))
+    assert fo.add_conv([empty], cp.asarray(F)).shape == (0, 4, 6, 7)
+    assert runtime.launched == []
