@@ -35,6 +35,7 @@ class HostRuntime:
     def __init__(self, *, sanitize: bool = False) -> None:
         self.sanitize = sanitize
         self.launched: list[str] = []
+        self.waited = 0
 
     def function(self, source: str, name: str) -> Any:
         self.launched.append(name)
@@ -42,3 +43,6 @@ class HostRuntime:
 
     def address(self, array: Any) -> int:
         return int(array.ctypes.data)
+
+    def wait(self) -> None:
+        self.waited += 1

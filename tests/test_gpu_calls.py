@@ -98,6 +98,21 @@ def test_explain_names_the_kernel_of_the_gpu():
     assert fo.explain("add_conv", half, depthwise, groups=9).kernel == "gpu.add_conv_fprop_igemm_f16"
 
 
+def test_a_failure_is_known_by_name_when_launches_are_waited_for(runtime, monkeypatch):
+    fo.add([cp.asarray(X), cp.asarray(Y)])
+    assert runtime.waited == 0
+    monkeypatch.setenv("FUSIONOPS_SYNC", "1")
+    fo.add([cp.asarray(X), cp.asarray(Y)])
+    assert runtime.waited == 1
+
+    def fail():
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(runtime, "wait", fail)
+    with pytest.raises(fo.BackendError, match=r"add_fprop_stream<float.*> failed on .* illegal memory access"):
+        fo.add([cp.asarray(X), cp.asarray(Y)])
+
+
 def test_an_empty_map_launches_nothing(runtime):
     empty = cp.asarray(np.zeros((0, 6, 8, 9), np.float32))
     assert fo.add_conv([empty], cp.asarray(F)).shape == (0, 4, 6, 7)

@@ -26,11 +26,7 @@ __device__ __forceinline__ Term term_of(const IgemmParams<SOURCES>& p, i64 group
     Term term{int(r * p.dilation_h), int(s * p.dilation_w), 0, int(group * p.C) + c,
               r * p.filter_steps[0] + s * p.filter_steps[1] + c * p.filter_steps[2]};
     if (!ADD) {
-        int end = int(p.sources);  // the last source that begins at the channel or before it
-        while (end - term.source > 1) {
-            const int middle = (term.source + end) / 2;
-            if (p.source[middle].first <= term.c) term.source = middle; else end = middle;
-        }
+        term.source = source_at(p, term.c);
         term.c -= int(p.source[term.source].first);
     }
     return term;

@@ -33,10 +33,25 @@ template <int SOURCES> __device__ __forceinline__ Pixel pixel_of(const IgemmPara
     return Pixel{n, row, q, int(row * p.stride_h - p.pad_top), int(q * p.stride_w - p.pad_left)};
 }
 
-template <class T> __device__ __forceinline__ Wide<T> load_map(const MapSource& from, int n, int h, int w, i64 c) {
+// The source that holds channel c of the merged map: the last one that begins there or before.
+template <int SOURCES> __device__ __forceinline__ int source_at(const IgemmParams<SOURCES>& p, int c) {
+    int low = 0, high = int(p.sources);
+    while (high - low > 1) {
+        const int middle = (low + high) / 2;
+        if (p.source[middle].first <= c) low = middle; else high = middle;
+    }
+    return low;
+}
+
+// Elements from a map's first one to a pixel of the upsampled map.
+__device__ __forceinline__ i64 offset_of(const MapSource& from, int n, int h, int w) {
     if (from.up_h != 1) h /= int(from.up_h);
     if (from.up_w != 1) w /= int(from.up_w);
-    const i64 offset = n * from.steps[0] + h * from.steps[1] + w * from.steps[2] + c * from.steps[3];
+    return n * from.steps[0] + h * from.steps[1] + w * from.steps[2];
+}
+
+template <class T> __device__ __forceinline__ Wide<T> load_map(const MapSource& from, int n, int h, int w, i64 c) {
+    const i64 offset = offset_of(from, n, h, w) + c * from.steps[3];
     return weighted<T>(from.weight, widen(static_cast<const T*>(from.base)[offset]), c);
 }
 

@@ -1,13 +1,13 @@
-// {add,concat}_{conv,dense}_fprop_igemm_sm80: the implicit matrix product of igemm.cu on tensor cores, float16 and bfloat16
-// with sums in float32.
+// {add,concat}_{conv,dense}_fprop_igemm_sm80: the implicit matrix product of igemm.cu on tensor cores, float16 and
+// bfloat16 with sums in float32.
 //
 //   y[m,k] = act( Σ_l a[m,l] · b[l,k] + bias[k] + residual[m,k] )     l = (r, s, c) of one group
 //
-// A block of 8 warps owns 128 pixels × BN filters (128 or 64) of one group, a warp 32 filters of 64 or 32 pixels. A step of
-// the sum is one tap and 32 merged channels, whose a and b wait in one of STAGES buffers. Filters, and sources of a concatenation,
-// are copied there asynchronously, STAGES − 1 steps ahead; a sum of sources is loaded and merged before a step is
-// multiplied, and stored after it. Concatenation is an order of visits: where runs of 8 channels belong to one source
-// each, every run is read from where it lies. What is not aligned so is gathered element by element into the same
+// A block of 8 warps owns 128 pixels × BN filters (128 or 64) of one group, a warp 32 filters of 64 or 32 pixels. A step
+// of the sum is one tap and 32 merged channels, whose a and b wait in one of STAGES buffers. Filters, and sources of a
+// concatenation, are copied there asynchronously, STAGES − 1 steps ahead; a sum of sources is loaded and merged before a
+// step is multiplied, and stored after it. Concatenation is an order of visits: where runs of 8 channels belong to one
+// source each, every run is read from where it lies. What is not aligned so is gathered element by element into the same
 // places: strides never change a bit. Order of the sum: taps, in each the runs of 16 merged channels.
 //
 // Rows of a buffer are stored with their 16-byte pieces exchanged (`piece_a`, `piece_b`), so that the eight rows that one
@@ -39,21 +39,6 @@ struct Step {
         ++r;
     }
 };
-
-template <int SOURCES> __device__ __forceinline__ int source_at(const IgemmParams<SOURCES>& p, int c) {
-    int low = 0, high = int(p.sources);  // the last one that begins at c or before it
-    while (high - low > 1) {
-        const int middle = (low + high) / 2;
-        if (p.source[middle].first <= c) low = middle; else high = middle;
-    }
-    return low;
-}
-
-__device__ __forceinline__ i64 offset_of(const MapSource& from, int n, int h, int w) {
-    if (from.up_h != 1) h /= int(from.up_h);
-    if (from.up_w != 1) w /= int(from.up_w);
-    return n * from.steps[0] + h * from.steps[1] + w * from.steps[2];
-}
 
 // RUN neighbouring channels, from c on, of a sum of sources whose channels lie side by side; two in a word.
 template <class T, int SOURCES>
@@ -184,7 +169,7 @@ __global__ void __launch_bounds__(THREADS, 2) conv_fprop_igemm_sm80(const __grid
         const T* const here_a = a + step % STAGES * BM * BC;
         const T* const here_b = b + step % STAGES * BC * BN;
 #pragma unroll
-        for (int half = 0; half < RUNS_A; ++half) {  // 16 channels each
+        for (int half = 0; half < RUNS_A; ++half) {  // of the channels: 16
             if (next < steps) fetch_a(coming, next % STAGES, half);
             u32 columns[2][4];
             const int deep = lane % 16, far = lane / 16;

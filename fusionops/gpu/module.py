@@ -7,12 +7,15 @@ sources on the host (`use`).
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+
+from fusionops.errors import BackendError
 
 Extent = tuple[int, ...]
 
@@ -39,6 +42,7 @@ class Runtime(Protocol):
     library    the array library whose arrays they take: what has no kernel is left to it
     function(source, name)   an instantiation of a kernel of one of the sources in this folder
     address(array)           of its first element, as the device sees it
+    wait()                   until the current stream has run all that was launched; raises what went wrong
     """
 
     @property
@@ -47,6 +51,8 @@ class Runtime(Protocol):
     def function(self, source: str, name: str) -> Function: ...
 
     def address(self, array: Any) -> int: ...
+
+    def wait(self) -> None: ...
 
 
 @functools.cache
@@ -87,6 +93,9 @@ class CupyRuntime:
     def address(self, array: Any) -> int:
         return int(array.data.ptr)
 
+    def wait(self) -> None:
+        self.library.cuda.get_current_stream().synchronize()
+
 
 _runtime: Runtime | None = None
 
@@ -113,11 +122,19 @@ def use(other: Runtime) -> Iterator[Runtime]:
 def launch(
     source: str, name: str, grid: Extent, block: int, params: np.ndarray[Any, Any], shared_bytes: int = 0
 ) -> None:
-    """Starts a kernel whose one parameter is a struct; returns before it has run."""
+    """Starts a kernel whose one parameter is a struct; returns before it has run.
+
+    With FUSIONOPS_SYNC=1 in the environment it waits: what fails is then known by name, not at some later call.
+    """
     function = runtime().function(source, name)
     if shared_bytes > BLOCK_SHARED_BYTES and function.max_dynamic_shared_size_bytes < shared_bytes:
         function.max_dynamic_shared_size_bytes = shared_bytes
     function(grid, (block,), (params,), shared_mem=shared_bytes)
+    if os.environ.get("FUSIONOPS_SYNC") == "1":
+        try:
+            runtime().wait()
+        except RuntimeError as error:  # CuPy's errors of CUDA are such
+            raise BackendError(f"{name} failed on {grid} blocks of {block} threads: {error}") from error
 
 
 def on_device_of(array: Any) -> AbstractContextManager[Any]:
