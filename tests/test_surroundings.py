@@ -349,14 +349,14 @@ def test_generic_processor(process):
 
 
 def test_interrupt_leaves_the_process_usable(process):
-    """A call of some 2 TFLOP, interrupted: the signal is noticed long before its end, and later calls are right."""
+    """A call of some 5 TFLOP, interrupted: the signal is noticed long before its end, and later calls are right."""
     child = process.start(
         """
         import time
         import ops
         ops.check()
         ops.fo.set_num_threads(2)
-        large, taps = ops.np.ones((1, 256, 256, 256), "f4"), ops.np.ones((15, 15, 256, 256), "f4")
+        large, taps = ops.np.ones((1, 256, 256, 256), "f4"), ops.np.ones((25, 25, 256, 256), "f4")
         out = ops.np.zeros((1, 256, 256, 256), "f4")
         print("ready", flush=True)
         try:
@@ -370,7 +370,7 @@ def test_interrupt_leaves_the_process_usable(process):
         """
     )
     assert child.stdout.readline() == "ready\n"
-    time.sleep(1.0)  # a 2 TFLOP call takes longer than that wherever this runs
+    time.sleep(1.0)  # a 5 TFLOP call takes longer than that wherever this runs, also where this process has to wait
     interrupted = time.monotonic()
     child.send_signal(signal.SIGINT)
     noticed, usable = process.finish(child).split()
