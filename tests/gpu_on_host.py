@@ -30,7 +30,7 @@ def host_flags() -> tuple[str, ...]:
 class HostRuntime:
     """As `fusionops.gpu.module.Runtime`."""
 
-    library = np
+    arrays = np
 
     def __init__(self, *, sanitize: bool = False) -> None:
         self.sanitize = sanitize

@@ -19,7 +19,7 @@ from fusionops.gpu import module
 
 
 class FakeCupyRuntime(HostRuntime):
-    library = cp
+    arrays = cp
 
     def address(self, array):
         return array.data.ptr

@@ -256,6 +256,14 @@ def test_fused_equals_unfused_bit_for_bit(kernel, problem):
     assert_same_bits(execute(kernel, one, unfused), execute(kernel, spec, operands)[:1])
 
 
+@pytest.mark.parametrize("prologue", ["scale", "shift"])
+def test_a_residual_with_a_prologue_is_refused(prologue):
+    """No kernel applies one yet, and none may leave it out."""
+    problem = next(problem for problem in PROBLEMS if problem.name == "add_conv_residual")
+    residual = replace(problem.spec.residual, **{prologue: True})
+    assert all(kernel.unsupported(replace(problem.spec, residual=residual)) for kernel in KERNELS)
+
+
 def test_kept_filters_are_read_as_they_are():
     problem = next(problem for problem in PROBLEMS if problem.name == "concat_conv_odd_channels")
     kernel = next(kernel for kernel in KERNELS if not kernel.unsupported(problem.spec))

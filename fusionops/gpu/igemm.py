@@ -250,7 +250,7 @@ def _with_stored_map(spec: FusionSpec, operands: Operands) -> tuple[FusionSpec, 
     """Writes the merged map, and states the rest of the problem with that map as its one source."""
     merged = operands.merged
     if merged is None:
-        merged = runtime().library.empty(spec.merged_shape, operands.sources[0].dtype)
+        merged = runtime().arrays.empty(spec.merged_shape, operands.sources[0].dtype)
     alone = replace(spec, contraction=None, axis=spec.channel_axis, bias=False, residual=None, activation=None,
                     return_sum=False)  # fmt: skip
     write = stream.run_add if spec.merge is Merge.ADD else stream.run_concat
@@ -270,7 +270,8 @@ def common_reasons(spec: FusionSpec, merge: Merge, contraction: type[Conv2d] | t
         reasons.append(f"dtype is {spec.dtype}, needs {dtype}")
     if not isinstance(spec.contraction, contraction):
         reasons.append(f"the contraction is not a {contraction.__name__.lower()}")
-    asked = [name for name in ("scale", "shift", "activation") if any(getattr(source, name) for source in spec.sources)]
+    every = (*spec.sources, spec.residual) if spec.residual else spec.sources
+    asked = [name for name in ("scale", "shift", "activation") if any(getattr(source, name) for source in every)]
     reasons += [f"a source has {name}, which the load does not apply yet" for name in asked]
     return reasons
 

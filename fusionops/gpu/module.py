@@ -39,14 +39,14 @@ class Function(Protocol):
 class Runtime(Protocol):
     """Where kernels run.
 
-    library    the array library whose arrays they take: what has no kernel is left to it
+    arrays     the array library whose arrays they take: what has no kernel is left to it
     function(source, name)   an instantiation of a kernel of one of the sources in this folder
     address(array)           of its first element, as the device sees it
     wait()                   until the current stream has run all that was launched; raises what went wrong
     """
 
     @property
-    def library(self) -> Any: ...
+    def arrays(self) -> Any: ...
 
     def function(self, source: str, name: str) -> Function: ...
 
@@ -79,14 +79,14 @@ class CupyRuntime:
     def __init__(self) -> None:
         import cupy
 
-        self.library: Any = cupy
+        self.arrays: Any = cupy
         self._functions: dict[tuple[int, str, str], Function] = {}
 
     def function(self, source: str, name: str) -> Function:
-        key = self.library.cuda.runtime.getDevice(), source, name
+        key = self.arrays.cuda.runtime.getDevice(), source, name
         made = self._functions.get(key)
         if made is None:
-            module = self.library.RawModule(code=read_source(source), options=FLAGS, name_expressions=(name,))
+            module = self.arrays.RawModule(code=read_source(source), options=FLAGS, name_expressions=(name,))
             made = self._functions[key] = module.get_function(name)
         return made
 
@@ -94,7 +94,7 @@ class CupyRuntime:
         return int(array.data.ptr)
 
     def wait(self) -> None:
-        self.library.cuda.get_current_stream().synchronize()
+        self.arrays.cuda.get_current_stream().synchronize()
 
 
 _runtime: Runtime | None = None
@@ -145,10 +145,10 @@ def on_device_of(array: Any) -> AbstractContextManager[Any]:
 
 def empty(shape: Extent, dtype: Any) -> Any:
     """An array with arbitrary contents on the current device."""
-    return runtime().library.empty(shape, dtype)
+    return runtime().arrays.empty(shape, dtype)
 
 
 def borrow(array: Any) -> Any:
     """Another library's array on a GPU, without a copy: by DLPack, else by `__cuda_array_interface__`."""
-    library = runtime().library
+    library = runtime().arrays
     return library.from_dlpack(array) if hasattr(array, "__dlpack__") else library.asarray(array)

@@ -199,7 +199,7 @@ def _add(spec: FusionSpec, kind: str, sources: tuple[Any, ...], weights: tuple[A
 
 def _add_any(sources: tuple[Any, ...], out: Any) -> None:
     """The left fold of the array library's own additions: NumPy's promotion at every step."""
-    library = runtime().library
+    library = runtime().arrays
     total = sources[0]
     with np.errstate(all="ignore"):
         for source in sources[1:-1]:
@@ -217,7 +217,8 @@ def _add_any(sources: tuple[Any, ...], out: Any) -> None:
 class ConcatPlan:
     """How one concat runs, whatever the addresses.
 
-    struct, word_bytes, blocks   of a launch that copies the sources `copied`, or several
+    launches     sources that one launch copies, its parameters, its blocks
+    word_bytes   of what a thread moves at a time
     others   sources that are not rows of the result's format, and the part of the output that is theirs
     """
 
@@ -281,7 +282,7 @@ def run_concat(spec: FusionSpec, config: StreamConfig, operands: Operands, out: 
     for j, where in prepared.others:
         source, stated = operands.sources[j], spec.sources[j]
         if stated.dtype != spec.dtype:
-            runtime().library.copyto(out[where], source, casting="same_kind")
+            runtime().arrays.copyto(out[where], source, casting="same_kind")
             continue
         alone = FusionSpec(Merge.ADD, (stated,), dtype=spec.dtype, layout=spec.layout)
         kind = TYPES.get(spec.dtype) or UNSIGNED[ITEM_BYTES[spec.dtype]]
