@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from fusionops import reference
-from fusionops.kernel import Operands
+from fusionops.kernel import Kernel, Operands
 from fusionops.problems import Problem
 from fusionops.spec import FusionSpec, SourceSpec
-from fusionops.testing import exact_operands
+from fusionops.testing import error_bound, exact_operands, guarded_copy, guarded_empty, map_operands, random_operands
+
+Execute = Callable[[Kernel, FusionSpec, Operands], list[np.ndarray]]
 
 
 def rng_of(problem: Problem) -> np.random.Generator:
@@ -63,3 +67,57 @@ def with_batch(spec: FusionSpec, batch: int) -> FusionSpec:
 
     residual = None if spec.residual is None else resized(spec.residual)
     return replace(spec, sources=tuple(map(resized, spec.sources)), residual=residual)
+
+
+def execute_on(
+    device: Any, kernel: Kernel, spec: FusionSpec, operands: Operands, layout: str = "contiguous"
+) -> list[np.ndarray]:
+    """What the kernel writes, into poisoned memory that must stay poisoned around it."""
+    outputs = [guarded_empty(spec.out_shape, spec.dtype, layout)]
+    if spec.return_sum:
+        outputs.append(guarded_empty(spec.merged_shape, spec.dtype, layout))
+        operands = replace(operands, merged=outputs[1].array)
+    kernel.run(spec, kernel.plan(spec, device), operands, outputs[0].array)
+    for output in outputs:
+        output.assert_intact()
+    return [output.array for output in outputs]
+
+
+# What every backend's kernels promise; `execute` is execute_on its device.
+
+
+def check_rounding(execute: Execute, kernel: Kernel, problem: Problem, kind: str) -> None:
+    spec = problem.spec
+    operands = map_operands(random_operands(spec, rng_of(problem), kind), guarded_copy)
+    expected = expected_of(spec, operands)
+    actual = execute(kernel, spec, operands)
+    assert_within(actual[0], expected[0], error_bound(spec, operands))
+    assert_same_bits(actual[1:], expected[1:])
+
+
+def check_batch_split(execute: Execute, kernel: Kernel, problem: Problem) -> None:
+    """The same bits from a batch and from its parts."""
+    spec = with_batch(problem.spec, 3)
+    operands = random_operands(spec, rng_of(problem))
+    whole = execute(kernel, spec, operands)
+    for part in (slice(0, 1), slice(1, 3)):
+        split = replace(
+            operands,
+            sources=tuple(source[part] for source in operands.sources),
+            residual=None if operands.residual is None else operands.residual[part],
+        )
+        alone = execute(kernel, with_batch(spec, part.stop - part.start), split)
+        assert_same_bits(alone, [output[part] for output in whole])
+
+
+def check_unfused(execute: Execute, kernel: Kernel, problem: Problem) -> None:
+    """The same bits from a map that NumPy merged before."""
+    spec = problem.spec
+    operands = random_operands(spec, rng_of(problem))
+    join = replace(spec, contraction=None, bias=False, residual=None, activation=None, return_sum=False)
+    join = replace(join, axis=spec.channel_axis)
+    merged = np.empty(spec.merged_shape, spec.dtype)
+    reference.run(join, operands, merged)
+    one = replace(spec, sources=(SourceSpec(merged.shape, spec.dtype),), return_sum=False)
+    unfused = replace(operands, sources=(merged,), weights=(None,), scales=(None,), shifts=(None,), merged=None)
+    assert_same_bits(execute(kernel, one, unfused), execute(kernel, spec, operands)[:1])

@@ -6,6 +6,7 @@ What a GPU alone can show, the PTX in `primitives.cuh` and speed, is not seen he
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from itertools import cycle
 from operator import attrgetter
 
@@ -13,9 +14,18 @@ import numpy as np
 import pytest
 from gpu_on_host import HostRuntime
 from host_cuda.module import thread_order
-from kernel_checks import assert_same_bits, assert_within, exact_case, expected_of, rng_of, with_batch
+from kernel_checks import (
+    assert_same_bits,
+    assert_within,
+    check_batch_split,
+    check_rounding,
+    check_unfused,
+    exact_case,
+    execute_on,
+    expected_of,
+    rng_of,
+)
 
-from fusionops import reference
 from fusionops.device import GPU_PROFILES, H200
 from fusionops.gpu import KERNELS, igemm, mma, module, stream
 from fusionops.kernel import Filters, Kernel, Operands
@@ -25,9 +35,7 @@ from fusionops.problems.rows import ADD, CONCAT, conv_both
 from fusionops.spec import FusionSpec, Layout, Merge, SourceSpec
 from fusionops.testing import (
     activation_bound,
-    error_bound,
     guarded_copy,
-    guarded_empty,
     map_operands,
     random_operands,
 )
@@ -74,16 +82,7 @@ def host_runtime():
         yield runtime
 
 
-def execute(kernel: Kernel, spec: FusionSpec, operands: Operands, layout: str = "contiguous") -> list[np.ndarray]:
-    """What the kernel writes, into poisoned memory that must stay poisoned around it."""
-    outputs = [guarded_empty(spec.out_shape, spec.dtype, layout)]
-    if spec.return_sum:
-        outputs.append(guarded_empty(spec.merged_shape, spec.dtype, layout))
-        operands = replace(operands, merged=outputs[1].array)
-    kernel.run(spec, kernel.plan(spec, H200), operands, outputs[0].array)
-    for output in outputs:
-        output.assert_intact()
-    return [output.array for output in outputs]
+execute = partial(execute_on, H200)
 
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
@@ -136,12 +135,7 @@ def test_exact_on_integers_in_any_order_of_threads(kernel, problem):
 @pytest.mark.parametrize("kind", ["positive", "badly_scaled"])
 @every_case
 def test_rounds_within_the_bound(kernel, problem, kind):
-    spec = problem.spec
-    operands = map_operands(random_operands(spec, rng_of(problem), kind), guarded_copy)
-    expected = expected_of(spec, operands)
-    actual = execute(kernel, spec, operands)
-    assert_within(actual[0], expected[0], error_bound(spec, operands))
-    assert_same_bits(actual[1:], expected[1:])
+    check_rounding(execute, kernel, problem, kind)
 
 
 @every_typical_case
@@ -230,30 +224,12 @@ def test_the_tile_does_not_change_bits(kernel, problem):
 
 @every_typical_contraction
 def test_splitting_the_batch_does_not_change_bits(kernel, problem):
-    spec = with_batch(problem.spec, 3)
-    operands = random_operands(spec, rng_of(problem))
-    whole = execute(kernel, spec, operands)
-    for part in (slice(0, 1), slice(1, 3)):
-        split = replace(
-            operands,
-            sources=tuple(source[part] for source in operands.sources),
-            residual=None if operands.residual is None else operands.residual[part],
-        )
-        alone = execute(kernel, with_batch(spec, part.stop - part.start), split)
-        assert_same_bits(alone, [output[part] for output in whole])
+    check_batch_split(execute, kernel, problem)
 
 
 @every_typical_contraction
 def test_fused_equals_unfused_bit_for_bit(kernel, problem):
-    spec = problem.spec
-    operands = random_operands(spec, rng_of(problem))
-    alone = replace(spec, contraction=None, bias=False, residual=None, activation=None, return_sum=False)
-    alone = replace(alone, axis=spec.channel_axis)
-    merged = np.empty(spec.merged_shape, spec.dtype)
-    reference.run(alone, operands, merged)  # NumPy's own sum or concatenation
-    one = replace(spec, sources=(SourceSpec(merged.shape, spec.dtype),), return_sum=False)
-    unfused = replace(operands, sources=(merged,), weights=(None,), scales=(None,), shifts=(None,), merged=None)
-    assert_same_bits(execute(kernel, one, unfused), execute(kernel, spec, operands)[:1])
+    check_unfused(execute, kernel, problem)
 
 
 @pytest.mark.parametrize("prologue", ["scale", "shift"])

@@ -15,25 +15,18 @@ from fusionops.cpu.block import Strides, Words
 from fusionops.cpu.formats import FORMATS
 from fusionops.cpu.tiling import ConvTiling, plan
 from fusionops.kernel import Kernel
-from fusionops.spec import Conv2d, Direction, FusionSpec, Merge, filter_reach
+from fusionops.refusals import contraction_reasons
+from fusionops.spec import Conv2d, FusionSpec, Merge, filter_reach
 
 AREAS = (at.AT_SUMS, at.AT_PIXELS, at.AT_OUT, at.AT_RESIDUAL, at.AT_GROUPS, at.AT_COPY)
 
 
 def common_reasons(spec: FusionSpec, merge: Merge, dtype: str) -> list[str]:
     """What keeps every contraction on the CPU from running a spec."""
-    reasons = []
-    if spec.direction is not Direction.FPROP:
-        reasons.append(f"direction is {spec.direction}, needs fprop")
-    if spec.merge is not merge:
-        reasons.append(f"merge is {spec.merge}, needs {merge}")
-    if spec.dtype != dtype:
-        reasons.append(f"dtype is {spec.dtype}, needs {dtype}")
+    reasons = contraction_reasons(spec, merge, dtype)
     if spec.precision is not None:
         reasons.append(f"precision is {spec.precision}, which only GPUs offer")
-    every = (*spec.sources, spec.residual) if spec.residual else spec.sources
-    asked = [name for name in ("scale", "shift", "activation") if any(getattr(source, name) for source in every)]
-    return reasons + [f"a source has {name}, which the tile load does not apply yet" for name in asked]
+    return reasons
 
 
 def cut(spec: FusionSpec, tiling: ConvTiling, words: Words, filters: Strides | None) -> tuple[int, bool]:

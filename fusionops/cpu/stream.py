@@ -35,7 +35,8 @@ from fusionops.cpu.memory import address
 from fusionops.cpu.simd import VECTOR_BYTES
 from fusionops.device import CpuDevice
 from fusionops.kernel import Kernel, Operands
-from fusionops.spec import ITEM_BYTES, Direction, FusionSpec, Merge, SourceSpec
+from fusionops.refusals import merge_reasons
+from fusionops.spec import ITEM_BYTES, FusionSpec, Merge, SourceSpec
 
 # Outputs from this many bytes on are stored around the caches: they do not fit the L2 of the core that wrote them, and
 # a store through the caches first reads the line. Measured on two AVX-512 cores, median of 7 interleaved rounds: an add
@@ -225,25 +226,7 @@ def run_concat(spec: FusionSpec, config: StreamConfig, operands: Operands, out: 
 
 def _kernel(name: str, merge: Merge, dtype: str | None, run: Any) -> Kernel:
     def unsupported(spec: FusionSpec) -> tuple[str, ...]:
-        reasons = []
-        if spec.direction is not Direction.FPROP:
-            reasons.append(f"direction is {spec.direction}, needs fprop")
-        if spec.merge is not merge:
-            reasons.append(f"merge is {spec.merge}, needs {merge}")
-        if spec.contraction is not None:
-            reasons.append("the spec contracts, needs a merge alone")
-        if dtype and any(kind != dtype for kind in (spec.dtype, *(source.dtype for source in spec.sources))):
-            kinds = ", ".join(source.dtype for source in spec.sources)
-            reasons.append(f"dtypes are {kinds} to {spec.dtype}, needs {dtype}")
-        asked = [
-            name for name in ("scale", "shift", "activation") if any(getattr(source, name) for source in spec.sources)
-        ]
-        reasons += [f"a source has {name}, which the tile load does not apply yet" for name in asked]
-        plain = spec.activation is None and all(source.is_plain for source in spec.sources)
-        same = all(source.dtype == spec.dtype for source in spec.sources) and spec.dtype in FORMATS
-        if dtype is None and not plain and not (merge is Merge.CONCAT and same):
-            reasons.append(f"a merge that is more than a plain {merge} needs sources of one floating dtype")
-        return tuple(reasons)
+        return tuple(merge_reasons(spec, merge, dtype, FORMATS))
 
     return Kernel(f"cpu.{name}", unsupported, plan, run)
 

@@ -26,7 +26,8 @@ from fusionops.gpu.params import (
     slope,
 )
 from fusionops.kernel import Filters, Kernel, Operands
-from fusionops.spec import ITEM_BYTES, Conv2d, Dense, Direction, FusionSpec, Layout, Merge, SourceSpec
+from fusionops.refusals import contraction_reasons
+from fusionops.spec import ITEM_BYTES, Conv2d, Dense, FusionSpec, Layout, Merge, SourceSpec
 
 SOURCE = "igemm.cu"
 
@@ -261,18 +262,9 @@ def _with_stored_map(spec: FusionSpec, operands: Operands) -> tuple[FusionSpec, 
 
 def common_reasons(spec: FusionSpec, merge: Merge, contraction: type[Conv2d] | type[Dense], dtype: str) -> list[str]:
     """Why no implicit matrix product of this kind can run `spec`."""
-    reasons = []
-    if spec.direction is not Direction.FPROP:
-        reasons.append(f"direction is {spec.direction}, needs fprop")
-    if spec.merge is not merge:
-        reasons.append(f"merge is {spec.merge}, needs {merge}")
-    if spec.dtype != dtype:
-        reasons.append(f"dtype is {spec.dtype}, needs {dtype}")
+    reasons = contraction_reasons(spec, merge, dtype)
     if not isinstance(spec.contraction, contraction):
         reasons.append(f"the contraction is not a {contraction.__name__.lower()}")
-    every = (*spec.sources, spec.residual) if spec.residual else spec.sources
-    asked = [name for name in ("scale", "shift", "activation") if any(getattr(source, name) for source in every)]
-    reasons += [f"a source has {name}, which the load does not apply yet" for name in asked]
     return reasons
 
 
