@@ -6,26 +6,36 @@ Correctness of the kernels alone; what users pass and which kernel is chosen is 
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from itertools import cycle
 from operator import attrgetter
 
 import numpy as np
 import pytest
-from kernel_checks import assert_same_bits, assert_within, exact_case, expected_of, rng_of, with_batch
+from kernel_checks import (
+    assert_same_bits,
+    assert_within,
+    check_batch_split,
+    check_rounding,
+    check_unfused,
+    exact_case,
+    execute_on,
+    expected_of,
+    rng_of,
+    with_batch,
+)
 
 from fusionops import cpu, reference
 from fusionops.cpu import amx, stream, threads
 from fusionops.device import CPU_PROFILES
-from fusionops.kernel import Filters, Kernel, Operands
+from fusionops.kernel import Filters, Kernel
 from fusionops.problems import PROBLEMS, Problem, conv
-from fusionops.spec import FusionSpec, Merge, SourceSpec
+from fusionops.spec import Merge
 from fusionops.testing import (
     LAYOUTS,
     UNIT_ROUNDOFF,
     activation_bound,
-    error_bound,
     guarded_copy,
-    guarded_empty,
     is_narrow,
     last_places,
     map_operands,
@@ -52,16 +62,7 @@ every_strict_case = pytest.mark.parametrize(("kernel", "problem"), [case for cas
 every_contraction = pytest.mark.parametrize(("kernel", "problem"), CONTRACTIONS)
 
 
-def execute(kernel: Kernel, spec: FusionSpec, operands: Operands, layout: str = "contiguous") -> list[np.ndarray]:
-    """What the kernel writes, into poisoned memory that must stay poisoned around it."""
-    outputs = [guarded_empty(spec.out_shape, spec.dtype, layout)]
-    if spec.return_sum:
-        outputs.append(guarded_empty(spec.merged_shape, spec.dtype, layout))
-        operands = replace(operands, merged=outputs[1].array)
-    kernel.run(spec, kernel.plan(spec, cpu.device()), operands, outputs[0].array)
-    for output in outputs:
-        output.assert_intact()
-    return [output.array for output in outputs]
+execute = partial(execute_on, cpu.device())
 
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
@@ -141,12 +142,7 @@ def test_a_rewrite_rounds_little_more_than_a_strict_kernel(kernel, problem, kind
 @pytest.mark.parametrize("kind", ["normal", "positive", "badly_scaled"])
 @every_strict_case
 def test_rounds_within_the_bound(kernel, problem, kind):
-    spec = problem.spec
-    operands = map_operands(random_operands(spec, rng_of(problem), kind), guarded_copy)
-    expected = expected_of(spec, operands)
-    actual = execute(kernel, spec, operands)
-    assert_within(actual[0], expected[0], error_bound(spec, operands))
-    assert_same_bits(actual[1:], expected[1:])
+    check_rounding(execute, kernel, problem, kind)
 
 
 @every_case
@@ -222,17 +218,7 @@ def test_stores_around_the_caches_do_not_change_bits(kernel, problem, layout, mo
 
 @every_contraction
 def test_splitting_the_batch_does_not_change_bits(kernel, problem):
-    spec = with_batch(problem.spec, 3)
-    operands = random_operands(spec, rng_of(problem))
-    whole = execute(kernel, spec, operands)
-    for part in (slice(0, 1), slice(1, 3)):
-        split = replace(
-            operands,
-            sources=tuple(source[part] for source in operands.sources),
-            residual=None if operands.residual is None else operands.residual[part],
-        )
-        alone = execute(kernel, with_batch(spec, part.stop - part.start), split)
-        assert_same_bits(alone, [output[part] for output in whole])
+    check_batch_split(execute, kernel, problem)
 
 
 @pytest.mark.parametrize(
@@ -240,15 +226,7 @@ def test_splitting_the_batch_does_not_change_bits(kernel, problem):
 )
 def test_fused_equals_unfused_bit_for_bit(kernel, problem):
     """But for products that are formed before an upsampling, which a stored map does not show."""
-    spec = problem.spec
-    operands = random_operands(spec, rng_of(problem))
-    join = replace(spec, contraction=None, bias=False, residual=None, activation=None, return_sum=False)
-    join = replace(join, axis=spec.channel_axis)
-    merged = np.empty(spec.merged_shape, spec.dtype)
-    reference.run(join, operands, merged)  # NumPy's own sum or concatenation
-    one = replace(spec, sources=(SourceSpec(merged.shape, spec.dtype),), return_sum=False)
-    unfused = replace(operands, sources=(merged,), weights=(None,), scales=(None,), shifts=(None,), merged=None)
-    assert_same_bits(execute(kernel, one, unfused), execute(kernel, spec, operands)[:1])
+    check_unfused(execute, kernel, problem)
 
 
 @every_contraction
@@ -299,3 +277,13 @@ def test_results_that_are_mostly_zeros_are_refused():
     problem = conv("mostly_padding", Merge.ADD, (3,), 3, H=3, W=3, padding=((20, 20), (20, 20)), bias=False)
     with pytest.raises(AssertionError, match="mostly zeros"):
         exact_case(problem)
+
+
+def test_warmup_compiles_all_that_it_names():
+    """Little is left to compile: this runs after the kernels have."""
+    told: list[tuple[int, int, str]] = []
+    cpu.warmup(lambda *step: told.append(step))
+    assert [done for done, _, _ in told] == list(range(len(told)))
+    assert {total for _, total, _ in told} == {len(told) - 1}
+    assert len({what for _, _, what in told}) == len(told)
+    assert told[-1][2] == "done"

@@ -33,6 +33,23 @@ def test_winograd_of_5x5_forms_36_products_of_100():
     assert plan.formed_flops * 100 == plan.cost.contraction_flops * 36
 
 
+@pytest.mark.parametrize(
+    ("taps", "stride", "sections", "outputs"), [(2, 1, 1, 5), (4, 1, 1, 3), (5, 2, 4, 4), (7, 1, 4, 3), (7, 2, 4, 3)]
+)
+def test_winograd_in_sections(taps, stride, sections, outputs):
+    extent = 8 * outputs
+    x, f = full(1, extent * stride, extent * stride, 128), full(taps, taps, 128, 64)
+    plan = fo.explain("add_conv", [x], f, padding="same", stride=stride)
+    assert plan.kernel == "cpu.add_conv_fprop_winograd_f32"
+    assert plan.formed_flops == 2 * 36 * sections * 8 * 8 * 128 * 64
+
+
+def test_most_3x3_filters_with_steps_run_tap_by_tap():
+    plan = fo.explain("add_conv", [full(1, 64, 64, 128)], full(3, 3, 128, 128), padding="same", stride=2)
+    assert plan.kernel == "cpu.add_conv_fprop_direct_f32"
+    assert "4 patches a tile are estimated to take" in str(plan)
+
+
 def test_a_commuted_convolution_counts_sources_at_their_own_resolution():
     low, high, dot = full(1, 16, 16, 24), full(1, 32, 32, 8), full(1, 1, 32, 8)
     plan = fo.explain("concat_conv", [fo.Source(low, upsample=2), high], dot)

@@ -29,6 +29,7 @@ from fusionops.cpu import (
 from fusionops.cpu.formats import FORMATS
 from fusionops.cpu.target import target
 from fusionops.cpu.tiling import register_tiles
+from fusionops.cpu.transform import TAPS
 from fusionops.device import KIB, MIB, CpuDevice
 
 # Where the operating system does not tell: what every server core of the last ten years has at least.
@@ -103,7 +104,13 @@ def warmup(progress: Callable[[int, int, str], None] | None = None) -> None:
         load = functools.partial(prologue.tile_loader, form.bits, form.bits, form.stored)
         steps.append((f"tile load {name}", load))
         if form.bits == winograd_task.BITS:
-            steps.append((f"winograd filter packing {name}", functools.partial(winograd_task.pack_task, form.stored)))
+            steps += [
+                (
+                    f"winograd filters {name} {taps}x{taps}",
+                    functools.partial(winograd_task.pack_task, form.stored, taps),
+                )
+                for taps in TAPS
+            ]
     for bits in (32, 64):
         name = f"float{bits}"
         for mr, nv in register_tiles(device()):
@@ -119,6 +126,11 @@ def warmup(progress: Callable[[int, int, str], None] | None = None) -> None:
             (f"depthwise {name} {mr}x{nv}", functools.partial(depthwise.depthwise_task, bits, mr, nv))
             for mr, nv in tiles
         ]
+    steps.append(("winograd inputs", winograd_task.transform_inputs_task))
+    steps += [
+        (f"winograd outputs {taps}x{taps}", functools.partial(winograd_task.transform_outputs_task, taps))
+        for taps in TAPS
+    ]
     if amx.without_tiles() is None:
         stored = FORMATS["bfloat16"].stored
         steps.append(("tiles of bfloat16", amx_task.amx_task))

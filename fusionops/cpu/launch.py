@@ -95,7 +95,7 @@ def prepare_packing(
 ) -> tuple[array[int], int, int]:
     """Words, task and number of tasks of filter packing."""
     groups = 1 if algorithm.joins_groups else spec.conv.groups
-    words = array("q", [*filter_words(spec, tiling, strides, groups), algorithm.parts])
+    words = array("q", [*filter_words(spec, tiling, strides, groups), algorithm.parts, *spec.conv.stride])
     return words, algorithm.pack_task(tiling.bits, FORMATS[spec.dtype].stored), groups * tiling.blocks
 
 

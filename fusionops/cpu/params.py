@@ -66,7 +66,12 @@ STORED_BYTES = 76  # of an element of sources, output and residual
 IS_FLAT = 77  # 1: all rows of an output tile make one line
 ROW_SUMS, BLOCK_SUMS = 78, 79  # pixels from one row of sums to the next, where each is a line; of a block
 
-SOURCES = 80
+# More of Winograd
+TAPS, OUTPUTS = 80, 81  # extents of a section's filters and of a tile
+TRANSFORM_INPUTS, TRANSFORM_OUTPUTS = 82, 83  # procedures
+PATCHES = 84  # of each tile: one for every section of the filters
+
+SOURCES = 85
 SOURCE_WORDS = 12  # the last one is free
 S_BASE, S_N, S_H, S_W, S_C = 0, 1, 2, 3, 4
 S_UP_H, S_UP_W = 5, 6

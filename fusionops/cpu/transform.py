@@ -2,8 +2,7 @@
 
     y = Aᵀ[ (G g Gᵀ) ⊙ (Bᵀ d B) ]A        d: 6×6 inputs, ⊙: 36 products
 
-    F(4×4, 3×3)    g: 3×3 taps, y: 4×4 outputs
-    F(2×2, 5×5)    g: 5×5 taps, y: 2×2 outputs, of the same transformed inputs
+    F(5×5, 2×2), F(4×4, 3×3), F(3×3, 4×4), F(2×2, 5×5)    y: m×m outputs, g: t×t taps, m + t = 7; d is the same for all
 
 The rows of Bᵀ and G evaluate polynomials at the points 0, ±¾, ±1½ and ∞. They are exact in binary; over data of any
 kind these points give 0.4 to 0.5 of the error of the textbook's 0, ±1, ±2, ∞ for the same operations, and points nearer
@@ -25,7 +24,7 @@ from fusionops.cpu.simd import Lanes, vector_loop, word
 
 POINTS = 36  # products of a patch and of a filter
 PATCH = 6  # extent of an input patch
-TAPS = (3, 5)  # extents of filters
+TAPS = (2, 3, 4, 5)  # extents of filters
 NEAR, FAR = 0.75, 1.5  # the finite points that are not 0, up to their sign
 
 Vectors = list[ir.Value]
@@ -93,27 +92,38 @@ def _both_axes(v: Lanes, one_axis: Callable[[Lanes, Vectors], Vectors], values: 
     return [one_axis(v, list(row)) for row in zip(*columns, strict=True)]
 
 
-def _transform(one_axis: Callable[[Lanes, Vectors], Vectors], extent: int) -> Any:
+def _transform(one_axis: Callable[[Lanes, Vectors], Vectors], extent: int, *, always: int | None = None) -> Any:
+    """The code of a transform whose values beyond the first `always` of each axis (None: no value) may be missing."""
+
     @intrinsic(prefer_literal=True)
-    def transform(typing, bits, to, to_row, to_col, source, row, col, count):
-        """to[i·to_row + j·to_col + c] = transform of source[r·row + s·col + c], for each channel c < count."""
+    def transform(typing, bits, to, to_row, to_col, source, row, col, rows, cols, count):
+        """to[i·to_row + j·to_col + c] = transform of source[r·row + s·col + c], for each channel c < count.
+
+        Where some may be missing, those with r ≥ rows or s ≥ cols are 0, and not read.
+        """
         if not isinstance(bits, types.IntegerLiteral):
             return None
-        signature = types.void(bits, *[types.intp] * 7)
+        signature = types.void(bits, *[types.intp] * 9)
 
         def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Any:
-            _, to, to_row, to_col, source, row, col, count = args
+            _, to, to_row, to_col, source, row, col, rows, cols, count = args
             lanes = Lanes(b, bits.literal_value)
             to, source = lanes.pointer(to), lanes.pointer(source)
+            every = ir.Constant(lanes.mask, [1] * lanes.count)
 
             def place(base: ir.Value, r: int, row: ir.Value, s: int, col: ir.Value, offset: ir.Value) -> ir.Value:
                 return b.gep(base, [b.add(b.add(b.mul(row, word(r)), b.mul(col, word(s))), offset)])
 
+            def value(r: int, s: int, offset: ir.Value, mask: ir.Value | None) -> ir.Value:
+                where = place(source, r, row, s, col, offset)
+                if always is None or (r < always and s < always):
+                    return lanes.load_part(where, mask)
+                inside = b.and_(b.icmp_signed(">", rows, word(r)), b.icmp_signed(">", cols, word(s)))
+                there = every if mask is None else mask
+                return lanes.masked_load(where, b.select(inside, there, ir.Constant(there.type, None)))
+
             def body(offset: ir.Value, mask: ir.Value | None) -> None:
-                values = [
-                    [lanes.load_part(place(source, r, row, s, col, offset), mask) for s in range(extent)]
-                    for r in range(extent)
-                ]
+                values = [[value(r, s, offset, mask) for s in range(extent)] for r in range(extent)]
                 for i, results in enumerate(_both_axes(lanes, one_axis, values)):
                     for j, result in enumerate(results):
                         lanes.store_part(result, place(to, i, to_row, j, to_col, offset), mask)
@@ -126,6 +136,7 @@ def _transform(one_axis: Callable[[Lanes, Vectors], Vectors], extent: int) -> An
     return transform
 
 
-input_transform = _transform(_input_1d, PATCH)
+whole_input_transform = _transform(_input_1d, PATCH)
+part_input_transform = _transform(_input_1d, PATCH, always=outputs_of(max(TAPS)))
 filter_transforms = {taps: _transform(_filter_1d, taps) for taps in TAPS}
 output_transforms = {taps: _transform(functools.partial(_output_1d, outputs=outputs_of(taps)), PATCH) for taps in TAPS}

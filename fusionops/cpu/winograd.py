@@ -1,10 +1,12 @@
-"""Convolutions of stride 1 by Winograd: 36 products for 16 outputs of 3×3 taps (instead of 144), or 4 of 5×5 (of 100).
+"""Convolutions by Winograd: a patch of the map under a tile of outputs and a section of the filters make 36 products.
 
-What such a kernel can run, when it is worth it, and how the work is cut up; `winograd_task` holds the code of a task.
+3×3 taps of stride 1 form 36 products for 16 outputs instead of 144, 5×5 of stride 2 144 instead of 400. What such a
+kernel can run, when it is worth it, and how the work is cut up; `winograd_task` holds the code of a task.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,24 +28,29 @@ from fusionops.cpu.tiling import (
     choose_register_tile,
     whole_lines,
 )
-from fusionops.cpu.transform import (
-    PATCH,
-    POINTS,
-    TAPS,
-    outputs_of,
+from fusionops.cpu.transform import POINTS, TAPS, outputs_of
+from fusionops.cpu.winograd_task import (
+    BITS,
+    ITEM,
+    pack_task,
+    shorter_tiles,
+    transform_inputs_task,
+    transform_outputs_task,
+    winograd_task,
 )
-from fusionops.cpu.winograd_task import BITS, ITEM, pack_task, shorter_tiles, winograd_task
 from fusionops.device import CpuDevice
 from fusionops.kernel import Kernel, Operands
 from fusionops.spec import Conv2d, FusionSpec, Merge
 
-# Sums of more channels are cut into chunks of this many, which bounds their error: relative L2 on normal data at most
-# 0.9e-6 from 64 to 1024 channels; chunks of 128 give up to 1.1e-6.
+# Sums of more channels, those of all sections counted, are cut into chunks of this many, which bounds their error:
+# relative L2 on normal data at most 0.9e-6 from 64 to 1024 channels; chunks of 128 give up to 1.1e-6. A chunk has 16
+# channels at least: filters of 16 sections have errors up to 1.6e-6.
 DEPTH = 64
-# Where a strict sum has few terms it hardly rounds, and three times its error is what is promised: with 32 channels
-# relative L2 errors are 2.1 times the strict kernel's on normal data and 2.4 times on numbers over 6 decades, with 16
-# channels 2.3 and 2.7 times, with 8 channels 3.0 and 3.4 times. Where most taps fall into the padding, 3 to 6 times.
-FEWEST_CHANNELS = 32
+# Where a strict sum has few terms it hardly rounds, and three times its error is what is promised. Relative L2 errors
+# on normal data and on numbers over 6 decades, of 3×3 taps: with 288 terms 2.1 and 2.5 times the strict kernel's, with
+# 144 2.5 and 3.0, with 72 2.9 and 3.6. Filters in sections and of 2×2 taps: with 256 and 288 terms 2.8 to 3.0 and 3.6
+# to 4.0 times, with 512 and 576 2.2 to 2.3 and 2.5 to 2.9. Where most taps fall into the padding, 3 to 6 times.
+FEWEST_TERMS, FEWEST_TERMS_OF_PARTS = 288, 512
 FEWEST_TAPS = 0.5
 # Images of fewer tiles of outputs are convolved tap by tap: than ENOUGH_TILES where channels times filters exceed
 # SMALL_FILTERS, else than FEWEST_TILES. Of the time tap by tap, with prepacked filters, Winograd took 1.2 to 1.5 with 4
@@ -53,6 +60,14 @@ FEWEST_TAPS = 0.5
 # filters; transformed at each call 0.5 to 0.6 with 9 to 25, and 1.7 to 2.0 with 512 of each.
 FEWEST_TILES, ENOUGH_TILES = 9, 25
 SMALL_FILTERS = 1 << 17
+# Filters that are cut into sections, and those of 2×2 taps, save less, and what they take is estimated for an image, in
+# products: transforming a patch as those of so many filters; reading the transformed filters as those of so many tiles,
+# fewer where they stay in L2; LEAST_GAIN is asked for. Of 95 problems (2×2 to 7×7 taps, strides 1 and 2, 14×14 to
+# 112×112 outputs of 32 to 512 channels and filters, prepacked, 3 interleaved rounds) the estimate was right by a factor
+# of 1.4 (standard deviation). 7×7 took 0.3 to 0.9 of the time tap by tap, 4×4 0.4 to 0.9, 3×3 of stride 2 1.0 to 3.
+PATCH_FILTERS = 30
+NEAR_FILTERS_TILES, FAR_FILTERS_TILES, NEAR_BYTES = 5, 20, 1 << 21
+LEAST_GAIN = 1.15
 # Filters of a task: with 128 the same problems took 0.98 to 1.07 times as long: each part loads the patches again.
 TASK_FILTERS = 256
 # A task multiplies at most so many register tiles of patches with the filters it reads: few, where all transformed
@@ -72,18 +87,44 @@ LINE = 16  # elements of a cache line; kept between points so that they do not f
 AREAS = (at.AT_VALUES, at.AT_SUMS, at.AT_COPY, at.AT_FINISHED, at.AT_OUT, at.AT_RESIDUAL)
 
 
+def _sections(extent: int, stride: int, taps: int) -> int:
+    """Of filters along an axis, each of at most so many taps."""
+    return sum(len(range(phase, extent, stride * taps)) for phase in range(stride))
+
+
+def _patches(conv: Conv2d, taps: int) -> int:
+    """Of a tile of outputs: one for each section of the filters."""
+    return _sections(conv.R, conv.stride[0], taps) * _sections(conv.S, conv.stride[1], taps)
+
+
+@functools.lru_cache(maxsize=512)
+def taps_of(conv: Conv2d) -> int:
+    """The extent of sections that forms the fewest products; of equals, the fewest patches."""
+    return min(TAPS, key=lambda taps: (_products(conv, taps), _patches(conv, taps)))
+
+
+def _products(conv: Conv2d, taps: int) -> float:
+    """For each output, channel and filter."""
+    return _patches(conv, taps) * POINTS / outputs_of(taps) ** 2
+
+
 @dataclass(frozen=True, kw_only=True)
 class WinogradTiling(Tiling):
     """A convolution by tiles of outputs × outputs pixels.
 
     tiles      of a task
     row_tiles  at most so many, side by side, are loaded at a time: the width of a strip
+    rows, pitch   of the merged map under a strip
+    patches    of a tile
     around     whether outputs are stored around the caches, for all filters of a task at once
     """
 
     tiles: int
     row_tiles: int
     outputs: int
+    rows: int
+    pitch: int
+    patches: int
     around: bool
 
     __hash__ = Tiling.__hash__
@@ -91,7 +132,7 @@ class WinogradTiling(Tiling):
     @property
     def point_values(self) -> int:
         """Elements from one point of the transformed patches to the next."""
-        return -(-self.tiles // self.mr) * self.mr * self.depth + LINE
+        return -(-self.tiles // self.mr) * self.mr * self.depth * self.patches + LINE
 
     @property
     def point_sums(self) -> int:
@@ -99,17 +140,12 @@ class WinogradTiling(Tiling):
         return -(-self.tiles // self.mr) * self.mr * self.width + LINE
 
     @property
-    def pitch(self) -> int:
-        """Columns under a strip of tiles."""
-        return self.outputs * (self.row_tiles - 1) + PATCH
-
-    @property
     def areas(self) -> tuple[int, ...]:
         """Of the merged patches, their transforms, sums, a residual, finished outputs, and two tables of pixels."""
         pixels = self.outputs * (self.outputs * self.row_tiles + 1)
         finished = pixels * self.width * (self.task_blocks if self.around else 1) * ITEM
         return whole_lines((
-            PATCH * self.pitch * self.depth * ITEM,
+            self.rows * self.pitch * self.depth * ITEM,
             POINTS * self.point_values * ITEM,
             self.task_blocks * POINTS * self.point_sums * ITEM,
             finished,
@@ -129,17 +165,21 @@ def _tilings(spec: FusionSpec, device: CpuDevice) -> Iterator[tuple[float, Winog
 
     What decides how filters are packed depends on the filters alone: they are packed once for maps of every size.
     """
-    K, C = spec.conv.K, spec.C
-    outputs = outputs_of(spec.conv.R)
+    conv, C = spec.conv, spec.C
+    K, taps = conv.K, taps_of(conv)
+    outputs, patches = outputs_of(taps), _patches(conv, taps)
     tiles = spec.N * -(-spec.P // outputs) * -(-spec.Q // outputs)
-    depth = min(C, LINE * balanced(-(-C // LINE), DEPTH // LINE))
+    depth = min(C, LINE * balanced(-(-C // LINE), max(1, DEPTH // (LINE * patches))))
     mr, nv = choose_register_tile(K, ITEM, device, narrow=True)
     width = nv * VECTOR_BYTES // ITEM
     blocks = -(-K // width)
-    packed = POINTS * blocks * width * C
+    packed = POINTS * blocks * width * C * patches
     is_near = packed * ITEM <= device.l2_bytes
     is_large = not FORMATS[spec.dtype].is_narrow and math.prod(spec.out_shape) * ITEM >= stream.STREAM_BYTES
     half, quarter = shorter_tiles(mr)
+    row_tiles = balanced(-(-spec.Q // outputs), RUN)
+    strip_rows = (outputs - 1) * conv.stride[0] + conv.R
+    pitch = (outputs * row_tiles - 1) * conv.stride[1] + conv.S
     for per_task in range(NEAR_TILES if is_near else FAR_TILES, 0, -1):
         groups = -(-tiles // (per_task * mr))
         task_tiles = -(-tiles // groups)
@@ -148,8 +188,8 @@ def _tilings(spec: FusionSpec, device: CpuDevice) -> Iterator[tuple[float, Winog
         for task_blocks in range(max(1, min(blocks, TASK_FILTERS // width)), 0, -1):
             tiling = WinogradTiling(
                 bits=BITS, mr=mr, nv=nv, depth=depth, chunks=-(-C // depth), blocks=blocks, task_blocks=task_blocks,
-                packed_elements=packed, tiles=task_tiles, row_tiles=balanced(-(-spec.Q // outputs), RUN),
-                outputs=outputs, around=is_large and K % width == 0,
+                packed_elements=packed, tiles=task_tiles, row_tiles=row_tiles, outputs=outputs, rows=strip_rows,
+                pitch=pitch, patches=patches, around=is_large and K % width == 0,
             )  # fmt: skip
             if tiling.scratch_bytes <= SCRATCH_LIMIT:
                 tasks = groups * -(-blocks // task_blocks)
@@ -166,56 +206,73 @@ def cut(spec: FusionSpec, tiling: WinogradTiling, words: Words, filters: Strides
         tiles_p, tiles_q, tiles, tiling.tiles, tiling.row_tiles)  # fmt: skip
     words[at.PITCH] = tiling.pitch
     words[at.AROUND] = tiling.around and words[at.OUT_K] == 1
+    words[[at.TAPS, at.OUTPUTS, at.PATCHES]] = taps_of(spec.conv), tiling.outputs, tiling.patches
+    words[[at.TRANSFORM_INPUTS, at.TRANSFORM_OUTPUTS]] = (
+        transform_inputs_task(), transform_outputs_task(taps_of(spec.conv)))  # fmt: skip
     words[[at.POINT_VALUES, at.POINT_SUMS]] = tiling.point_values, tiling.point_sums
     words[list(AREAS)] = np.cumsum(tiling.areas)[:-1]
     return -(-tiles // tiling.tiles) * -(-tiling.blocks // tiling.task_blocks), False
 
 
-def _algorithm(taps: int) -> launch.Algorithm:
+@functools.cache
+def _algorithm(taps: int, stride: tuple[int, int]) -> launch.Algorithm:
     return launch.Algorithm(
-        f"winograd {taps}",
+        f"winograd {taps} {stride}",
         cut,
-        lambda tiling: winograd_task(tiling.mr, tiling.nv, taps),
+        lambda tiling: winograd_task(tiling.mr, tiling.nv),
         lambda bits, stored: pack_task(stored, taps),
     )
 
 
-ALGORITHMS = {taps: _algorithm(taps) for taps in TAPS}
-
-
 def run(spec: FusionSpec, tiling: WinogradTiling, operands: Operands, out: np.ndarray[Any, Any]) -> None:
     """Writes a convolution to `out`."""
-    launch.run(ALGORITHMS[spec.conv.R], spec, tiling, operands, out)
+    launch.run(_algorithm(taps_of(spec.conv), spec.conv.stride), spec, tiling, operands, out)
+
+
+def _fewest_terms(conv: Conv2d) -> int:
+    taps = taps_of(conv)
+    return FEWEST_TERMS if taps > 2 and _patches(conv, taps) == 1 else FEWEST_TERMS_OF_PARTS
 
 
 def _share_of_taps(spec: FusionSpec) -> float:
     """How many of all taps fall inside the map."""
 
-    def share(outputs: int, extent: int, before: int, taps: int) -> float:
-        starts = np.arange(outputs) - before
+    def share(outputs: int, extent: int, before: int, taps: int, stride: int) -> float:
+        starts = np.arange(outputs) * stride - before
         inside = np.minimum(starts + taps, extent) - np.maximum(starts, 0)
         return float(np.maximum(inside, 0).sum()) / (taps * max(1, outputs))
 
     (top, _), (left, _) = spec.conv.padding
-    return share(spec.P, spec.H, top, spec.conv.R) * share(spec.Q, spec.W, left, spec.conv.S)
+    stride_h, stride_w = spec.conv.stride
+    return share(spec.P, spec.H, top, spec.conv.R, stride_h) * share(spec.Q, spec.W, left, spec.conv.S, stride_w)
 
 
 def slow(spec: FusionSpec) -> tuple[str, ...]:
-    """Why the taps one by one would be faster."""
-    outputs = outputs_of(spec.conv.R)
-    tiles = -(-spec.P // outputs) * -(-spec.Q // outputs)  # of one image: the choice does not depend on the batch
-    enough = FEWEST_TILES if spec.C * spec.conv.K <= SMALL_FILTERS else ENOUGH_TILES
+    """Why the taps one by one would be faster. Of one image: the choice does not depend on the batch."""
+    conv, taps = spec.conv, taps_of(spec.conv)
+    outputs, patches = outputs_of(taps), _patches(conv, taps)
+    tiles = -(-spec.P // outputs) * -(-spec.Q // outputs)
+    enough = FEWEST_TILES if spec.C * conv.K * patches <= SMALL_FILTERS else ENOUGH_TILES
     if tiles < enough:
         return (
             f"an image has {tiles} tiles of {outputs}x{outputs} outputs, {enough} are worth transforming the filters",
         )
+    if patches > 1 or taps == 2:
+        is_near = POINTS * patches * spec.C * conv.K * ITEM <= NEAR_BYTES
+        reading = NEAR_FILTERS_TILES if is_near else FAR_FILTERS_TILES
+        transforms = PATCH_FILTERS * -(-spec.C // LINE) * LINE / spec.C  # of whole vectors of channels
+        ours = POINTS * patches * (tiles * (1 + transforms / conv.K) + reading)
+        gain = conv.R * conv.S * spec.P * spec.Q / ours
+        if gain < LEAST_GAIN:
+            return (f"{patches} patches a tile are estimated to take {1 / gain:.2f} of the time of the taps",)
     return ()
 
 
 def products(spec: FusionSpec) -> int:
     """Multiply-adds of the transformed patches, whole tiles at the edges."""
-    outputs = outputs_of(spec.conv.R)
-    return spec.N * -(-spec.P // outputs) * -(-spec.Q // outputs) * POINTS * spec.C * spec.conv.K
+    taps = taps_of(spec.conv)
+    outputs, patches = outputs_of(taps), _patches(spec.conv, taps)
+    return spec.N * -(-spec.P // outputs) * -(-spec.Q // outputs) * POINTS * patches * spec.C * spec.conv.K
 
 
 def _kernel(merge: Merge, dtype: str) -> Kernel:
@@ -224,11 +281,13 @@ def _kernel(merge: Merge, dtype: str) -> Kernel:
         if not isinstance(spec.contraction, Conv2d):
             return (*reasons, "the contraction is not a conv2d")
         conv = spec.conv
-        steps = (*conv.stride, *conv.dilation)
-        if conv.R != conv.S or conv.R not in TAPS or steps != (1, 1, 1, 1):
-            reasons.append(f"filters are {conv.R}x{conv.S} with steps {steps}, needs 3x3 or 5x5 with steps of 1")
-        if spec.C < FEWEST_CHANNELS:
-            reasons.append(f"there are {spec.C} channels, needs {FEWEST_CHANNELS} to keep the promised error")
+        if conv.dilation != (1, 1):
+            reasons.append(f"filters have a dilation of {conv.dilation}, needs (1, 1)")
+        if _products(conv, taps_of(conv)) >= conv.R * conv.S:
+            reasons.append(f"{conv.R}x{conv.S} taps with a stride of {conv.stride} form no fewer products in patches")
+        terms, fewest = spec.C * conv.R * conv.S, _fewest_terms(conv)
+        if terms < fewest:
+            reasons.append(f"a sum has {terms} terms, needs {fewest} to keep the promised error")
         elif _share_of_taps(spec) < FEWEST_TAPS:
             reasons.append("most taps fall into the padding, where a strict sum has few terms to round")
         if conv.groups != 1:

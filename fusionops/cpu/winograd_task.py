@@ -1,9 +1,15 @@
 """The task of a Winograd convolution and its filter packing: output tiles from patches to store. Chooses no extents.
 
 A task owns TASK_TILES tiles of outputs, in the order of `locate`, and TASK_BLOCKS filter blocks. For each chunk
-of channels it loads the merged patches, transforms them, and multiplies them with the transformed filters point by
-point; then it transforms the sums into outputs and finishes them. Order of the sum: chunks of channels, in each the
-channels.
+of channels it loads the merged map under them, transforms its patches, and multiplies them with the transformed filters
+point by point; then it transforms the sums into outputs and finishes them.
+
+Filters with steps, or with more than TAPS taps along an axis, are cut into sections: those of an axis begin at
+
+    phase + stride·TAPS·i    phase < stride
+
+and take every stride-th tap from there. A tile has a patch for each section, and the sum is over sections and channels:
+chunks of channels, in each the sections, in each the channels.
 """
 
 from __future__ import annotations
@@ -17,16 +23,16 @@ from fusionops.cpu.formats import load_element
 from fusionops.cpu.jit import inline, task
 from fusionops.cpu.microkernel import gemm_rows
 from fusionops.cpu.prologue import load_tile
-from fusionops.cpu.simd import VECTOR_BYTES, clear, elements, words
+from fusionops.cpu.simd import VECTOR_BYTES, call, clear, elements, words
 from fusionops.cpu.tiling import WORD_BYTES
 from fusionops.cpu.transform import (
     PATCH,
     POINTS,
     TAPS,
     filter_transforms,
-    input_transform,
     output_transforms,
-    outputs_of,
+    part_input_transform,
+    whole_input_transform,
 )
 from fusionops.cpu.transpose import stack_words
 
@@ -40,14 +46,20 @@ def shorter_tiles(mr: int) -> tuple[int, int]:
 
 
 @inline
-def locate(params, outputs, tile, last):
+def taps_inside(first, extent, stride, taps):
+    """Of a section that begins at `first`."""
+    return min(taps, (extent - first + stride - 1) // stride)
+
+
+@inline
+def locate(params, tile, last):
     """Image, first output row and column of a tile, and how many tiles from it on, before `last`, lie side by side.
 
     Tiles are numbered along the rows of strips ROW_TILES wide, strip after strip, image after image: tiles that follow
     one another share the rows between them while these are in the caches.
     """
     p = words(params)
-    tiles_p, tiles_q, strip = p[at.TILES_P], p[at.TILES_Q], p[at.ROW_TILES]
+    tiles_p, tiles_q, strip, outputs = p[at.TILES_P], p[at.TILES_Q], p[at.ROW_TILES], p[at.OUTPUTS]
     n, here = tile // (tiles_p * tiles_q), tile % (tiles_p * tiles_q)
     column = here // (tiles_p * strip) * strip
     strip = min(strip, tiles_q - column)
@@ -57,22 +69,42 @@ def locate(params, outputs, tile, last):
 
 
 @inline
-def load_patches(params, region, n, p0, q0, cols, c0, depth):
-    """The merged map under tiles side by side, so many columns with what lies around them; 0 outside the map."""
+def load_patches(params, region, n, p0, q0, count, c0, depth):
+    """The merged map under tiles side by side; 0 outside the map."""
     p = words(params)
-    pitch = p[at.PITCH]
-    h0, w0 = p0 - p[at.PAD_TOP], q0 - p[at.PAD_LEFT]
-    if h0 < 0 or w0 < 0 or h0 + PATCH > p[at.H] or w0 + cols > p[at.W]:
-        clear(region, PATCH * pitch * depth * ITEM)
+    pitch, outputs = p[at.PITCH], p[at.OUTPUTS]
+    rows, cols = (outputs - 1) * p[at.STRIDE_H] + p[at.R], (outputs * count - 1) * p[at.STRIDE_W] + p[at.S]
+    h0, w0 = p0 * p[at.STRIDE_H] - p[at.PAD_TOP], q0 * p[at.STRIDE_W] - p[at.PAD_LEFT]
+    if h0 < 0 or w0 < 0 or h0 + rows > p[at.H] or w0 + cols > p[at.W]:
+        clear(region, rows * pitch * depth * ITEM)
     inside = region + (max(0, -h0) * pitch + max(0, -w0)) * depth * ITEM
-    load_tile(params, inside, pitch, n, h0, PATCH, w0, cols, c0, depth)
+    load_tile(params, inside, pitch, n, h0, rows, w0, cols, c0, depth)
 
 
 @inline
-def place_outputs(params, outputs, outs, residuals, n, p0, q0, count):
+def transform_patches(params, values, region, count, depth):
+    """The patches of `count` tiles side by side, all sections of them."""
+    p = words(params)
+    stride_h, stride_w, taps, outputs = p[at.STRIDE_H], p[at.STRIDE_W], p[at.TAPS], p[at.OUTPUTS]
+    point, line = p[at.POINT_VALUES], p[at.PITCH] * depth
+    to, from_tile_to_tile = values, p[at.PATCHES] * depth
+    for phase_h in range(stride_h):
+        for r in range(phase_h, p[at.R], stride_h * taps):
+            rows = outputs - 1 + taps_inside(r, p[at.R], stride_h, taps)
+            for phase_w in range(stride_w):
+                for s in range(phase_w, p[at.S], stride_w * taps):
+                    cols = outputs - 1 + taps_inside(s, p[at.S], stride_w, taps)
+                    call(p[at.TRANSFORM_INPUTS], to, from_tile_to_tile, PATCH * point, point,
+                         region + (r * line + s * depth) * ITEM, outputs * stride_w * depth, stride_h * line,
+                         stride_w * depth, rows, cols, count, depth)  # fmt: skip
+                    to += depth * ITEM
+
+
+@inline
+def place_outputs(params, outs, residuals, n, p0, q0, count):
     """Fills the tables of the output pixels of `count` tiles side by side, row by row; returns rows and columns."""
     p = words(params)
-    rows, cols = min(outputs, p[at.P] - p0), min(count * outputs, p[at.Q] - q0)
+    rows, cols = min(p[at.OUTPUTS], p[at.P] - p0), min(count * p[at.OUTPUTS], p[at.Q] - q0)
     to, residual = words(outs), words(residuals)
     for i in range(rows):
         line = n * p[at.OUT_N] + (p0 + i) * p[at.OUT_P] + q0 * p[at.OUT_Q]
@@ -96,9 +128,42 @@ def store_around(params, finished, outs, rows, cols, k0, count):
 
 
 @functools.cache
-def winograd_task(mr: int, nv: int, taps: int) -> int:
-    """Address of the task compiled for one register tile and extent of filters."""
-    outputs, output_transform = outputs_of(taps), output_transforms[taps]
+def transform_inputs_task() -> int:
+    """Address of the procedure that transforms a patch of each of `count` tiles side by side.
+
+    Steps in elements; of the patches, rows and cols are read: the taps that meet the others are none.
+    """
+
+    def transform_inputs(to, to_step, to_row, to_col, source, step, row, col, rows, cols, count, depth):
+        for i in range(count):
+            there, here = to + i * to_step * ITEM, source + i * step * ITEM
+            if rows == PATCH and cols == PATCH:
+                whole_input_transform(BITS, there, to_row, to_col, here, row, col, rows, cols, depth)
+            else:
+                part_input_transform(BITS, there, to_row, to_col, here, row, col, rows, cols, depth)
+
+    return task(transform_inputs)
+
+
+@functools.cache
+def transform_outputs_task(taps: int) -> int:
+    """Address of the procedure that transforms the sums of `count` tiles side by side. Steps in elements.
+
+    Columns beyond the map land in the next row, which the tile that owns them writes afterwards.
+    """
+    transform = output_transforms[taps]
+
+    def transform_outputs(to, to_step, to_row, to_col, source, step, row, col, count, width):
+        for i in range(count - 1, -1, -1):
+            transform(BITS, to + i * to_step * ITEM, to_row, to_col, source + i * step * ITEM, row, col,
+                      PATCH, PATCH, width)  # fmt: skip
+
+    return task(transform_outputs)
+
+
+@functools.cache
+def winograd_task(mr: int, nv: int) -> int:
+    """Address of the task compiled for one register tile."""
     width = nv * VECTOR_BYTES // ITEM
     half, quarter = shorter_tiles(mr)
 
@@ -115,25 +180,23 @@ def winograd_task(mr: int, nv: int, taps: int) -> int:
         last = min(p[at.TILES], first + p[at.TASK_TILES])
         groups, rest = (last - first + mr - 1) // mr, (last - first) % mr
         rows = last - first - rest + (0 if rest == 0 else quarter if rest <= quarter else half if rest <= half else mr)
-        pitch, point_values, point_sums = p[at.PITCH], p[at.POINT_VALUES], p[at.POINT_SUMS]
+        point_values, point_sums, outputs = p[at.POINT_VALUES], p[at.POINT_SUMS], p[at.OUTPUTS]
 
         for c0 in range(0, p[at.C], p[at.DEPTH]):
-            depth = min(p[at.DEPTH], p[at.C] - c0)
+            channels = min(p[at.DEPTH], p[at.C] - c0)
+            depth = p[at.PATCHES] * channels
             tile = first
             while tile < last:
-                n, p0, q0, count = locate(params, outputs, tile, last)
-                load_patches(params, region, n, p0, q0, count * outputs + taps - 1, c0, depth)
-                for i in range(count):
-                    to = values + (tile + i - first) * depth * ITEM
-                    input_transform(BITS, to, PATCH * point_values, point_values,
-                                    region + i * outputs * depth * ITEM, pitch * depth, depth, depth)  # fmt: skip
+                n, p0, q0, count = locate(params, tile, last)
+                load_patches(params, region, n, p0, q0, count, c0, channels)
+                transform_patches(params, values + (tile - first) * depth * ITEM, region, count, channels)
                 tile += count
             # A register tile is always full. The rest is zero: leftovers may be denormal, on which processors are slow.
             if rows != last - first:
                 for point in range(POINTS):
                     clear(values + (point * point_values + (last - first) * depth) * ITEM,
                           (rows - last + first) * depth * ITEM)  # fmt: skip
-            panels = p[at.FILTERS] + POINTS * p[at.BLOCKS] * c0 * width * ITEM
+            panels = p[at.FILTERS] + POINTS * p[at.BLOCKS] * p[at.PATCHES] * c0 * width * ITEM
             panel_bytes = depth * width * ITEM
             step = width * ITEM // groups + 1
             for point in range(POINTS):
@@ -157,8 +220,8 @@ def winograd_task(mr: int, nv: int, taps: int) -> int:
 
         tile, pixel = first, (block1 - block0) * width if p[at.AROUND] else width  # from one finished pixel to the next
         while tile < last:
-            n, p0, q0, count = locate(params, outputs, tile, last)
-            rows, cols = place_outputs(params, outputs, outs, residuals, n, p0, q0, count)
+            n, p0, q0, count = locate(params, tile, last)
+            rows, cols = place_outputs(params, outs, residuals, n, p0, q0, count)
             for block in range(block0, block1):
                 k0 = block * width
                 used = min(width, p[at.K] - k0)
@@ -167,10 +230,8 @@ def winograd_task(mr: int, nv: int, taps: int) -> int:
                     for i in range(rows):
                         ask_for_channels(params, outs + i * cols * 8, cols, k0, used)
                 aside = (block - block0) * width * ITEM if p[at.AROUND] else 0
-                # Columns beyond the map land in the next row, which the tile that owns them writes afterwards.
-                for i in range(count - 1, -1, -1):
-                    output_transform(BITS, finished + aside + i * outputs * pixel * ITEM, cols * pixel, pixel,
-                                     start + i * width * ITEM, PATCH * point_sums, point_sums, width)  # fmt: skip
+                call(p[at.TRANSFORM_OUTPUTS], finished + aside, outputs * pixel, cols * pixel, pixel,
+                     start, width, PATCH * point_sums, point_sums, count, width)  # fmt: skip
                 finish_tile(params, finished + aside, pixel, outs, residuals, copy + aside, rows * cols, k0, used,
                             p[at.OUT_K] != 1 or p[at.AROUND])  # fmt: skip
                 if p[at.OUT_K] != 1:
@@ -184,38 +245,52 @@ def winograd_task(mr: int, nv: int, taps: int) -> int:
 
 @functools.cache
 def pack_task(stored: int, taps: int) -> int:
-    """Address of the task that transforms and packs one filter block: [chunk][point][block][channel][width].
+    """Address of the task that transforms and packs one block of filters.
 
-    Words: packed, filters, steps r s c k (elements), R, S, channels and filters, depth, width, blocks.
+    In the order [chunk][point][block][section][channel][width]. Words: packed, filters, steps r s c k (elements), R, S,
+    channels and filters, depth, width, blocks, unused, strides.
     """
     filter_transform = filter_transforms[taps]
 
     def pack(params, index, slot):
         p = words(params)
         step_r, step_s, step_c, step_k = p[2], p[3], p[4], p[5]
-        channels, filters, depth, width, blocks = p[8], p[9], p[10], p[11], p[12]
+        R, S, channels, filters, depth, width, blocks = p[6], p[7], p[8], p[9], p[10], p[11], p[12]
+        stride_h, stride_w = p[14], p[15]
+        patches = 0
+        for phase_h in range(stride_h):
+            for phase_w in range(stride_w):
+                patches += len(range(phase_h, R, stride_h * taps)) * len(range(phase_w, S, stride_w * taps))
         k0 = index * width
         used = min(width, filters - k0)
-        source = p[1] + k0 * step_k * (stored // 8)
         buffer = stack_words(TAP_WORDS)
         values = elements(BITS, buffer)
-        for i in range(taps * taps * width):
-            values[i] = 0
         for c0 in range(0, channels, depth):
             chunk = min(depth, channels - c0)
-            point = blocks * chunk * width
-            to = p[0] + (POINTS * blocks * c0 + index * chunk) * width * ITEM
-            for c in range(chunk):
-                place = to + c * width * ITEM
-                if stored == BITS and step_k == 1 and used == width:
-                    here = p[1] + (k0 + (c0 + c) * step_c) * ITEM
-                    filter_transform(BITS, place, PATCH * point, point, here, step_r, step_s, width)
-                    continue
-                for r in range(taps):
-                    for s in range(taps):
-                        here = r * step_r + s * step_s + (c0 + c) * step_c
-                        for k in range(used):
-                            values[(r * taps + s) * width + k] = load_element(stored, source, here + k * step_k)
-                filter_transform(BITS, place, PATCH * point, point, buffer, taps * width, width, width)
+            point = blocks * patches * chunk * width
+            to = p[0] + (POINTS * blocks * c0 + index * chunk) * patches * width * ITEM
+            for phase_h in range(stride_h):
+                for r0 in range(phase_h, R, stride_h * taps):
+                    rows = taps_inside(r0, R, stride_h, taps)
+                    for phase_w in range(stride_w):
+                        for s0 in range(phase_w, S, stride_w * taps):
+                            cols = taps_inside(s0, S, stride_w, taps)
+                            for i in range(taps * taps * width):
+                                values[i] = 0
+                            for c in range(chunk):
+                                first = r0 * step_r + s0 * step_s + (c0 + c) * step_c + k0 * step_k
+                                here, row, col = buffer, taps * width, width
+                                if stored == BITS and step_k == 1 and used == width and rows == cols == taps:
+                                    here = p[1] + first * ITEM
+                                    row, col = stride_h * step_r, stride_w * step_s
+                                else:
+                                    for r in range(rows):
+                                        for s in range(cols):
+                                            tap = first + r * stride_h * step_r + s * stride_w * step_s
+                                            for k in range(used):
+                                                value = load_element(stored, p[1], tap + k * step_k)
+                                                values[(r * taps + s) * width + k] = value
+                                filter_transform(BITS, to, PATCH * point, point, here, row, col, taps, taps, width)
+                                to += width * ITEM
 
     return task(pack)

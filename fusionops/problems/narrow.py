@@ -53,6 +53,7 @@ CONVS = (
     "winograd_whole_blocks",
     "winograd_residual",
     "winograd_5x5_odd_map",
+    "winograd_7x7_strided",
 )
 # Of one
 OTHER_CONVS = (
