@@ -36,8 +36,9 @@ from fusionops import gpu, testing
 from fusionops.device import GpuDevice
 from fusionops.gpu import module
 from fusionops.kernel import Kernel
-from fusionops.problems import PROBLEMS, Problem
+from fusionops.problems import ALIGNED, ANY_ORDER, PROBLEMS, Problem
 
+EVERY = (*PROBLEMS, *ANY_ORDER, *ALIGNED)
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("primitives", "kernels", "sanitizer", "times")
 SANITIZED = 40  # problems: under a sanitizer each takes a second or so
@@ -60,7 +61,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 STREAM_BYTES = (1 << 26, 1 << 28, 1 << 30)  # of each source
 
 
-def cases(problems: tuple[Problem, ...] = PROBLEMS) -> Iterator[tuple[Kernel, Problem]]:
+def cases(problems: tuple[Problem, ...] = EVERY) -> Iterator[tuple[Kernel, Problem]]:
     for problem in problems:
         for kernel in gpu.KERNELS:
             if not kernel.unsupported(problem.spec):
@@ -107,7 +108,7 @@ def _bits(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return array.view(np.uint16) if array.dtype.name == "bfloat16" else array
 
 
-def check_kernels(report: dict[str, Any], problems: tuple[Problem, ...] = PROBLEMS) -> None:
+def check_kernels(report: dict[str, Any], problems: tuple[Problem, ...] = EVERY) -> None:
     failures = {}
     count = 0
     for kernel, problem in cases(problems):

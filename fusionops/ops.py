@@ -117,7 +117,7 @@ def add_conv(
     residual   an array or Source (N, P, Q, K), added before the activation
     layout     "NHWC", or "NCHW": maps (N, C, H, W) and filters (K, C/groups, R, S), read as they are
     strict     form every product and keep one order of summation; otherwise rewrites that round differently are allowed
-    precision  None; "tf32" is for GPUs
+    precision  None, or "tf32" for float32 on a GPU: factors are rounded to 11 significant bits, for tensor cores
     return_sum   return (y, m) instead of y: m is needed where the sum is read again
     returns    y (N, P, Q, K); P = (H + pad_top + pad_bottom − (R − 1)·dilation_h − 1) // stride_h + 1
 
@@ -238,7 +238,7 @@ def add_dense(
     bias       (K,)
     residual   an array or Source (…, K), added before the activation
     weights, normalize, activation   as in `add`
-    precision  None; "tf32" is for GPUs
+    precision  None, or "tf32" for float32 on a GPU: factors are rounded to 11 significant bits, for tensor cores
     returns    (…, K)
 
     Numerics: as in `add_conv`, with a reduction of length C.

@@ -29,6 +29,8 @@ def contraction_reasons(spec: FusionSpec, merge: Merge, dtype: str) -> list[str]
     reasons = _general_reasons(spec, merge)
     if spec.dtype != dtype:
         reasons.append(f"dtype is {spec.dtype}, needs {dtype}")
+    if spec.precision is not None and spec.dtype != "float32":
+        reasons.append(f"precision is {spec.precision}, which is for float32, and dtype is {spec.dtype}")
     return reasons
 
 

@@ -38,6 +38,7 @@ __all__ = [
 Array = np.ndarray[Any, Any]
 
 UNIT_ROUNDOFF = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24, "float64": 2.0**-53}
+TF32_ROUNDOFF = 2.0**-11
 SMALLEST_NORMAL = {"float16": 2.0**-14, "bfloat16": 2.0**-126, "float32": 2.0**-126, "float64": 2.0**-1022}
 
 # Largest slope of each activation: sigmoid and tanh at 0; silu, hardswish and gelu beyond 0, where they overshoot.
@@ -168,6 +169,7 @@ def error_bound(spec: FusionSpec, operands: Operands) -> Array:
     merges   roundings of the merge: one for each source added, in a narrow dtype one more for a product with a weight
     u        2⁻²⁴ for float32 and the narrow dtypes, which are summed in it; 2⁻⁵³ for float64
     v        of the dtype itself: 2⁻¹¹ for float16, 2⁻⁸ for bfloat16, u for the others
+             With precision "tf32" both factors of a product are rounded once more: 2·2⁻¹¹ is added to the first factor.
     stores   in a narrow dtype, whose results round once more, one unit in the last place of the result
 
     Without a contraction the first term is 0: the result is NumPy's. In float64 the bound doubles, since the reference
@@ -181,6 +183,8 @@ def error_bound(spec: FusionSpec, operands: Operands) -> Array:
         products = is_narrow(spec) and any(source.weight for source in every)
         relative = (8 + 2 * math.sqrt(spec.gemm[2])) * _accumulated_roundoff(spec)
         relative += (sums + products) * UNIT_ROUNDOFF[spec.dtype]
+        if spec.precision == "tf32":
+            relative += 2 * TF32_ROUNDOFF
         bound = relative * magnitude(spec, operands)
         if spec.dtype == "float64":
             bound = 2 * bound

@@ -18,6 +18,8 @@ SOURCE = Path(__file__).parent / "primitives.cu"
 FORMATS = {"f16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
 NAMES = (
     "rounded_arithmetic",
+    "rounded_to_tf32",
+    "tf32_product",
     *(f"{kernel}<{kind}>" for kernel in ("widened", "narrowed", "pairs", "tile_product") for kind in FORMATS),
 )
 THREADS = 256
@@ -35,6 +37,7 @@ def source() -> str:
 def check_all(launch: Launch) -> None:
     """Raises AssertionError at the first primitive that differs."""
     check_rounded_arithmetic(launch)
+    check_tf32(launch)
     for kind in FORMATS:
         check_conversions(launch, kind)
         check_pairs(launch, kind)
@@ -100,6 +103,25 @@ def check_tile_product(launch: Launch, kind: str) -> None:
     a, b, c = rng.integers(-8, 9, (16, 16)), rng.integers(-8, 9, (16, 8)), rng.integers(-99, 99, (16, 8))
     sums = c.astype(np.float32)
     launch(f"tile_product<{kind}>", 1, 32, (a.astype(dtype), b.astype(dtype), sums), 2 * 16 * 16 * 2)
+    np.testing.assert_array_equal(sums, a @ b + c)
+
+
+def check_tf32(launch: Launch) -> None:
+    """13 bits dropped, ties away from 0; and a product of factors that need no rounding, exact in any order."""
+    rng = np.random.default_rng(4)
+    x = (rng.standard_normal(64 * THREADS) * 2.0 ** rng.integers(-120, 120, 64 * THREADS)).astype(np.float32)
+    x[:THREADS].view(np.uint32)[:] = x[:THREADS].view(np.uint32) & ~np.uint32(0x1FFF) | np.uint32(0x1000)  # ties
+    x[THREADS : THREADS + 4] = np.inf, -np.inf, 0.0, -0.0
+    rounded = np.zeros(x.size, np.uint32)
+    launch("rounded_to_tf32", x.size // THREADS, THREADS, (x, rounded), 0)
+    scale = np.exp2(np.floor(np.log2(np.abs(x, where=np.isfinite(x) & (x != 0), out=np.ones_like(x)))) - 10)
+    expected = np.where(
+        np.isfinite(x), np.sign(x) * np.floor(np.abs(x, dtype=np.float64) / scale + 0.5) * scale, x
+    ).astype(np.float32)
+    np.testing.assert_array_equal(rounded.view(np.float32), expected)
+    a, b, c = rng.integers(-999, 1000, (16, 8)), rng.integers(-999, 1000, (8, 8)), rng.integers(-99, 99, (16, 8))
+    sums = c.astype(np.float32)
+    launch("tf32_product", 1, 32, (a.astype(np.float32), b.astype(np.float32), sums), 16 * 8 * 4)
     np.testing.assert_array_equal(sums, a @ b + c)
 
 

@@ -24,6 +24,28 @@ template <class T> __global__ void pairs(const u32* a, const u32* b, u32* sums, 
     products[i] = mul_pair<T>(a[i], b[i]);
 }
 
+__global__ void rounded_to_tf32(const float* x, u32* y) {
+    const int i = blockIdx.x * blockDim.x + threadIdx.x;
+    y[i] = tf32_of(x[i]);
+}
+
+// One warp: c (16×8) = a (16×8) · b (8×8) + c in TF32, a through shared memory, all row by row.
+__global__ void tf32_product(const float* a, const float* b, float* c) {
+    FUSIONOPS_SHARED(float, shared);
+    const int lane = threadIdx.x;
+    copy_async(shared + lane * 4, a + lane * 4, 16);
+    copy_commit();
+    copy_wait<0>();
+    __syncthreads();
+    u32 rows[4];
+    load_matrices<false>(rows, shared + lane % 16 * 8 + lane / 16 * 4);
+    const u32 column[2] = {__float_as_uint(b[lane % 4 * 8 + lane / 4]), __float_as_uint(b[(lane % 4 + 4) * 8 + lane / 4])};
+    float sums[4];
+    for (int i = 0; i < 4; ++i) sums[i] = c[(lane / 4 + i / 2 * 8) * 8 + lane % 4 * 2 + i % 2];
+    multiply_tile<float>(sums, rows, column);
+    for (int i = 0; i < 4; ++i) c[(lane / 4 + i / 2 * 8) * 8 + lane % 4 * 2 + i % 2] = sums[i];
+}
+
 // One warp: c (16×8) = a (16×16) · b (16×8) + c, both copied to shared memory, all row by row.
 template <class T> __global__ void tile_product(const T* a, const T* b, float* c) {
     FUSIONOPS_SHARED(T, shared);

@@ -91,6 +91,12 @@ def test_explain_names_the_kernel_of_the_gpu():
     filters = cp.asarray(integers(3, 3, 9, 16, dtype=np.float16))
     assert fo.explain("add_conv", half, filters).kernel == "gpu.add_conv_fprop_igemm_sm80_f16"
     assert fo.explain("add_conv", half, filters, strict=True).kernel == "gpu.add_conv_fprop_igemm_f16"
+    single = [cp.asarray(X)] * 2
+    assert fo.explain("add_conv", single, cp.asarray(integers(3, 3, 9, 16))).kernel == "gpu.add_conv_fprop_igemm_f32"
+    tf32 = fo.explain("add_conv", single, cp.asarray(integers(3, 3, 9, 16)), precision="tf32")
+    assert tf32.kernel == "gpu.add_conv_fprop_igemm_sm80_f32"
+    with pytest.raises(fo.UnsupportedError, match="precision is tf32, which is for float32, and dtype is float16"):
+        fo.explain("add_conv", half, filters, precision="tf32")
     assert fo.explain("add", half).kernel == "gpu.add_fprop_stream_f16"
     few = cp.asarray(F.astype(np.float16))
     assert fo.explain("add_conv", half, few).kernel == "gpu.add_conv_fprop_igemm_f16"

@@ -29,9 +29,8 @@ from kernel_checks import (
 from fusionops.device import GPU_PROFILES, H200
 from fusionops.gpu import KERNELS, igemm, mma, module, stream
 from fusionops.kernel import Filters, Kernel, Operands
-from fusionops.problems import CONVS, DENSES, Part, Problem, conv, dense, in_dtype, join
+from fusionops.problems import ALIGNED, ANY_ORDER, Problem, dense, join
 from fusionops.problems import PROBLEMS as ALL
-from fusionops.problems.rows import ADD, CONCAT, conv_both
 from fusionops.spec import FusionSpec, Layout, Merge, SourceSpec
 from fusionops.testing import (
     activation_bound,
@@ -40,14 +39,7 @@ from fusionops.testing import (
     random_operands,
 )
 
-# Sums in any order, which tensor cores need; the convolutions among PROBLEMS state theirs.
-PROBLEMS = (
-    *ALL,
-    *(
-        replace(narrow, name=f"{narrow.name}_any_order", spec=replace(narrow.spec, strict=False))
-        for narrow in (in_dtype(problem, "float16") for problem in (*CONVS[::6], *DENSES[::2]))
-    ),
-)
+PROBLEMS = (*ALL, *ANY_ORDER)
 
 
 def is_told_apart(kernel: Kernel, problem: Problem) -> bool:
@@ -95,7 +87,7 @@ def test_support_is_not_lost(problem):
     elif any(source.scale or source.shift or source.activation for source in spec.sources):
         assert able == set()
     else:
-        on_tensor_cores = spec.dtype in mma.DTYPES and not spec.strict
+        on_tensor_cores = not spec.strict and (spec.dtype in ("float16", "bfloat16") or spec.precision == "tf32")
         assert len(able) == 1 + on_tensor_cores
 
 
@@ -149,27 +141,6 @@ def test_strides_do_not_change_bits(kernel, problem):
     layouts = cycle([*STRIDED, "contiguous"])
     mixed = replace(operands, sources=tuple(guarded_copy(source, next(layouts)) for source in operands.sources))
     assert_same_bits(execute(kernel, spec, mixed), plain)
-
-
-ALIGNED = tuple(
-    replace(problem, spec=replace(problem.spec, strict=False))
-    for dtype in ("bfloat16", "float16")
-    for problem in (
-        in_dtype(each, dtype)
-        for each in (
-            *conv_both("aligned", 64, 128, N=2, H=9, W=8),
-            *conv_both("aligned_dilated", 8, 8, H=9, W=8, dilation=(2, 1), stride=(1, 2)),
-            *conv_both("aligned_groups", 32, 48, groups=2),
-            *conv_both("aligned_pointwise", 40, 136, 1, 1, H=13, W=11),
-            conv("aligned_sources", CONCAT, (8, 40, 16, 24), 24, H=6, W=8),
-            conv("aligned_upsampled", CONCAT, (24, Part(16, (2, 2))), 16, H=6, W=8),
-            conv("aligned_upsampled", ADD, (24, Part(24, (2, 2)), 24), 16, H=6, W=8, residual=Part(16)),
-            conv("aligned_weighted", ADD, (Part(16, weight="scalar"), Part(16, weight="vector"), 16), 24),
-            dense("aligned", ADD, (64, 64), 64, rows=200),
-            dense("aligned", CONCAT, (64, 32), 72, rows=133),
-        )
-    )
-)
 
 
 @pytest.mark.parametrize("problem", ALIGNED, ids=str)

@@ -23,6 +23,10 @@ def test_arithmetic_rounds_once(launch):
     primitive_checks.check_rounded_arithmetic(launch)
 
 
+def test_tf32(launch):
+    primitive_checks.check_tf32(launch)
+
+
 @pytest.mark.parametrize("kind", primitive_checks.FORMATS)
 @pytest.mark.parametrize("check", ["check_conversions", "check_pairs", "check_tile_product"])
 def test_sixteen_bit_formats(launch, check, kind):

@@ -1,33 +1,65 @@
-// {add,concat}_{conv,dense}_fprop_igemm_sm80: the implicit matrix product of igemm.cu on tensor cores, float16 and
-// bfloat16 with sums in float32.
+// {add,concat}_{conv,dense}_fprop_igemm_sm80: the implicit matrix product of igemm.cu on tensor cores: float16, bfloat16,
+// and float32 whose merged map and filters are rounded to TF32; sums in float32.
 //
 //   y[m,k] = act( Σ_l a[m,l] · b[l,k] + bias[k] + residual[m,k] )     l = (r, s, c) of one group
 //
 // A block of 8 warps owns 128 pixels × BN filters (128 or 64) of one group, a warp 32 filters of 64 or 32 pixels. A step
-// of the sum is one tap and 32 merged channels, whose a and b wait in one of STAGES buffers. Filters, and sources of a
+// of the sum is one tap and 64 bytes of merged channels, whose a and b wait in one of STAGES buffers. Filters, and sources of a
 // concatenation, are copied there asynchronously, STAGES − 1 steps ahead; a sum of sources is loaded and merged before a
-// step is multiplied, and stored after it. Concatenation is an order of visits: where runs of 8 channels belong to one
-// source each, every run is read from where it lies. What is not aligned so is gathered element by element into the same
-// places: strides never change a bit. Order of the sum: taps, in each the runs of 16 merged channels.
+// step is multiplied, and stored after it. Concatenation is an order of visits: where runs of 16 bytes of channels belong
+// to one source each, every run is read from where it lies. What is not aligned so is gathered element by element into the
+// same places: strides never change a bit. Order of the sum: taps, in each the 32 bytes of channels that an instruction
+// multiplies.
 //
 // Rows of a buffer are stored with their 16-byte pieces exchanged (`piece_a`, `piece_b`), so that the eight rows that one
 // matrix load reads lie in different banks.
 //
 // Requires: sm_80, 256 threads, shared memory of `mma.block_shared_bytes`. vectors_a only if channels have step 1 and
-// every other step, first channel and base of the sources, and C, is a multiple of 8; vectors_b likewise of the filters.
+// every other step, first channel and base of the sources, and C, is a multiple of 16 bytes; vectors_b likewise of the
+// filters.
 #include "igemm.cuh"
 
-const int BM = 128, BC = 32, STAGES = 4, THREADS = 256;
-const int RUN = 8;  // elements of 16 bytes
+const int BM = 128, STAGES = 4, THREADS = 256;
+const int PIECES = 4;  // of 16 bytes, in a row of a
+
+template <class T> struct Extents {
+    static const int RUN = 16 / sizeof(T), BC = PIECES * RUN;  // elements of a piece; channels of a step
+};
 
 // Where the 16 bytes `piece` of a row begin, in elements of its buffer.
-__device__ __forceinline__ int piece_a(int row, int piece) { return row * BC + (piece ^ row / 2 % 4) * RUN; }
-template <int BN> __device__ __forceinline__ int piece_b(int row, int piece) {
-    return row * BN + (piece ^ row % 8) * RUN;
+template <class T> __device__ __forceinline__ int piece_a(int row, int piece) {
+    return (row * PIECES + (piece ^ row / 2 % PIECES)) * Extents<T>::RUN;
+}
+template <class T, int BN> __device__ __forceinline__ int piece_b(int row, int piece) {
+    // Eight rows of one piece are read at once, or four rows of two neighbouring ones.
+    return row * BN + (piece ^ (sizeof(T) == 2 ? row % 8 : row % 4 * 2)) * Extents<T>::RUN;
+}
+
+// What a lane holds of the filters of 16 columns for two products: of 16 rows of 16-bit numbers, or of 8 of TF32.
+template <class T, int BN>
+__device__ __forceinline__ void load_columns(u32 (&columns)[4], const T* b, int half, int column) {
+    const int lane = threadIdx.x % 32;
+    if constexpr (sizeof(T) == 2) {
+        load_matrices<true>(columns, b + piece_b<T, BN>(half * 16 + lane % 16, column / 8 + lane / 16));
+    } else {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int row = half * 8 + i % 2 * 4 + lane % 4, at = column + i / 2 * 8 + lane / 4;
+            columns[i] = tf32_of(b[piece_b<T, BN>(row, at / 4) + at % 4]);
+        }
+    }
+}
+
+template <class T> __device__ __forceinline__ void load_rows(u32 (&rows)[4], const T* a, int half, int row) {
+    const int lane = threadIdx.x % 32;
+    load_matrices<false>(rows, a + piece_a<T>(row + lane % 16, half * 2 + lane / 16));
+    if constexpr (sizeof(T) == 4)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) rows[i] = tf32_of(__uint_as_float(rows[i]));
 }
 
 // A step of the sum: its tap and first channel, counted in one group.
-struct Step {
+template <int BC> struct Step {
     int r, s, c;
 
     template <int SOURCES> __device__ __forceinline__ void advance(const IgemmParams<SOURCES>& p) {
@@ -40,7 +72,26 @@ struct Step {
     }
 };
 
-// RUN neighbouring channels, from c on, of a sum of sources whose channels lie side by side; two in a word.
+template <class T> __device__ __forceinline__ uint4 add_run(uint4 a, uint4 b) {
+    return make_uint4(add_word<T>(a.x, b.x), add_word<T>(a.y, b.y), add_word<T>(a.z, b.z), add_word<T>(a.w, b.w));
+}
+template <class T> __device__ __forceinline__ uint4 mul_run(uint4 a, uint4 b) {
+    return make_uint4(mul_word<T>(a.x, b.x), mul_word<T>(a.y, b.y), mul_word<T>(a.z, b.z), mul_word<T>(a.w, b.w));
+}
+
+// The weights of neighbouring channels from c on.
+template <class T> __device__ __forceinline__ uint4 weights_of(const Weight& weight, int c) {
+    if (weight.kind == WEIGHT_VECTOR) {
+        const T* const vector = static_cast<const T*>(weight.vector) + c;  // aligned to no more than an element
+        return make_uint4(word_of(vector), word_of(vector + Extents<T>::RUN / 4),
+                          word_of(vector + Extents<T>::RUN / 2), word_of(vector + Extents<T>::RUN / 4 * 3));
+    }
+    const T same[2] = {narrow<T>(Wide<T>(weight.number)), narrow<T>(Wide<T>(weight.number))};
+    const u32 word = word_of(same);
+    return make_uint4(word, word, word, word);
+}
+
+// Neighbouring channels, from c on, of a sum of sources whose channels lie side by side.
 template <class T, int SOURCES>
 __device__ __forceinline__ uint4 summed_run(const IgemmParams<SOURCES>& p, int n, int h, int w, int c) {
     uint4 sum;
@@ -48,19 +99,8 @@ __device__ __forceinline__ uint4 summed_run(const IgemmParams<SOURCES>& p, int n
         const MapSource& from = p.source[j];
         const Weight& weight = from.weight;
         uint4 x = *reinterpret_cast<const uint4*>(static_cast<const T*>(from.base) + offset_of(from, n, h, w) + c);
-        if (weight.kind != WEIGHT_NONE) {
-            const u32 twice = narrow<T>(float(weight.number)).bits * 0x10001u;
-            uint4 factors = make_uint4(twice, twice, twice, twice);
-            if (weight.kind == WEIGHT_VECTOR) {
-                const u16* const vector = static_cast<const u16*>(weight.vector) + c;
-                factors = make_uint4(vector[0] | vector[1] << 16, vector[2] | vector[3] << 16,
-                                     vector[4] | vector[5] << 16, vector[6] | vector[7] << 16);
-            }
-            x = make_uint4(mul_pair<T>(factors.x, x.x), mul_pair<T>(factors.y, x.y), mul_pair<T>(factors.z, x.z),
-                           mul_pair<T>(factors.w, x.w));
-        }
-        sum = j == 0 ? x : make_uint4(add_pair<T>(sum.x, x.x), add_pair<T>(sum.y, x.y), add_pair<T>(sum.z, x.z),
-                                      add_pair<T>(sum.w, x.w));
+        if (weight.kind != WEIGHT_NONE) x = mul_run<T>(weights_of<T>(weight, c), x);
+        sum = j == 0 ? x : add_run<T>(sum, x);
     }
     return sum;
 }
@@ -70,7 +110,7 @@ template <class T, bool ADD, int SOURCES>
 __device__ __forceinline__ T gathered(const IgemmParams<SOURCES>& p, int n, int h, int w, int c) {
     const int first = ADD ? 0 : source_at(p, c);
     const int channel = c - (ADD ? 0 : int(p.source[first].first));
-    float x = load_map<T>(p.source[first], n, h, w, channel);
+    Wide<T> x = load_map<T>(p.source[first], n, h, w, channel);
     if (ADD)
         for (int j = 1; j < p.sources; ++j) x = merge_add<T>(x, load_map<T>(p.source[j], n, h, w, channel));
     return narrow<T>(x);
@@ -78,8 +118,8 @@ __device__ __forceinline__ T gathered(const IgemmParams<SOURCES>& p, int n, int 
 
 template <class T, bool ADD, int BN, int SOURCES>
 __global__ void __launch_bounds__(THREADS, 2) conv_fprop_igemm_sm80(const __grid_constant__ IgemmParams<SOURCES> p) {
-    static_assert(sizeof(T) == 2, "ldmatrix moves numbers of 16 bits");
-    static_assert(BC / 16 == BM * BC / RUN / THREADS, "a thread brings one run of a for every product of 16 channels");
+    constexpr int RUN = Extents<T>::RUN, BC = Extents<T>::BC;
+    static_assert(PIECES / 2 == BM * BC / RUN / THREADS, "a thread brings one run of a for every product of 32 bytes");
     constexpr int RUNS_A = BM * BC / RUN / THREADS, RUNS_B = BC * BN / RUN / THREADS;
     constexpr int COLUMNS = BN / 32, WARP_ROWS = BM / (8 / COLUMNS), TILES = WARP_ROWS / 16;  // of warps; of one
     FUSIONOPS_SHARED(unsigned char, shared);
@@ -102,13 +142,13 @@ __global__ void __launch_bounds__(THREADS, 2) conv_fprop_igemm_sm80(const __grid
     uint4 brought;  // a run of a sum
 
     auto row_of = [&](int i) { return t / (BC / RUN) + i * (THREADS / (BC / RUN)); };
-    auto fetch_a = [&](const Step& at, int stage, int i) {
+    auto fetch_a = [&](const Step<BC>& at, int stage, int i) {
         const int left = int(p.C) - at.c - piece * RUN;
         const int c = group * int(p.C) + at.c + piece * RUN;
         const Pixel& pixel = pixels[row_of(i)];
         const int h = pixel.h + at.r * int(p.dilation_h), w = pixel.w + at.s * int(p.dilation_w);
         const bool exists = left > 0 && unsigned(h) < unsigned(p.H) && unsigned(w) < unsigned(p.W);
-        T* const to = a + stage * BM * BC + piece_a(row_of(i), piece);
+        T* const to = a + stage * BM * BC + piece_a<T>(row_of(i), piece);
         if (!vectors_a) {
 #pragma unroll 1
             for (int j = 0; j < RUN; ++j)
@@ -124,16 +164,16 @@ __global__ void __launch_bounds__(THREADS, 2) conv_fprop_igemm_sm80(const __grid
     };
     auto put_a = [&](int stage, int i) {  // the sum that was loaded
         if (ADD && vectors_a)
-            *reinterpret_cast<uint4*>(a + stage * BM * BC + piece_a(row_of(i), piece)) = brought;
+            *reinterpret_cast<uint4*>(a + stage * BM * BC + piece_a<T>(row_of(i), piece)) = brought;
     };
-    auto fetch_b = [&](const Step& at, int stage) {
+    auto fetch_b = [&](const Step<BC>& at, int stage) {
 #pragma unroll
         for (int i = 0; i < RUNS_B; ++i) {
             const int row = t / (BN / RUN) + i * (THREADS / (BN / RUN));
             const T* place = static_cast<const T*>(p.filters) + at.r * p.filter_steps[0] + at.s * p.filter_steps[1] +
                              (at.c + row) * p.filter_steps[2] + i64(group * K + k) * p.filter_steps[3];
             const bool exists = at.c + row < int(p.C) && k < K;
-            T* const to = b + stage * BC * BN + piece_b<BN>(row, filter_piece);
+            T* const to = b + stage * BC * BN + piece_b<T, BN>(row, filter_piece);
             if (vectors_b) {
                 copy_async(to, exists ? place : p.filters, exists ? 16 : 0);
             } else {
@@ -148,7 +188,7 @@ __global__ void __launch_bounds__(THREADS, 2) conv_fprop_igemm_sm80(const __grid
 #pragma unroll
     for (int i = 0; i < TILES * 16; ++i) sums[i / 16][i / 4 % 4][i % 4] = 0.0f;
 
-    Step coming{0, 0, 0};
+    Step<BC> coming{0, 0, 0};
     for (int step = 0; step < STAGES - 1; ++step) {
         if (step < steps) {
 #pragma unroll
@@ -169,17 +209,15 @@ __global__ void __launch_bounds__(THREADS, 2) conv_fprop_igemm_sm80(const __grid
         const T* const here_a = a + step % STAGES * BM * BC;
         const T* const here_b = b + step % STAGES * BC * BN;
 #pragma unroll
-        for (int half = 0; half < RUNS_A; ++half) {  // of the channels: 16
+        for (int half = 0; half < RUNS_A; ++half) {  // of the channels: 32 bytes
             if (next < steps) fetch_a(coming, next % STAGES, half);
             u32 columns[2][4];
-            const int deep = lane % 16, far = lane / 16;
 #pragma unroll
-            for (int j = 0; j < 2; ++j)
-                load_matrices<true>(columns[j], here_b + piece_b<BN>(half * 16 + deep, column0 / RUN + j * 2 + far));
+            for (int j = 0; j < 2; ++j) load_columns<T, BN>(columns[j], here_b, half, column0 + j * 16);
 #pragma unroll
             for (int i = 0; i < TILES; ++i) {
                 u32 rows[4];
-                load_matrices<false>(rows, here_a + piece_a(row0 + i * 16 + deep, half * 2 + far));
+                load_rows<T>(rows, here_a, half, row0 + i * 16);
 #pragma unroll
                 for (int j = 0; j < 4; ++j) {
                     const u32 column[2] = {columns[j / 2][j % 2 * 2], columns[j / 2][j % 2 * 2 + 1]};

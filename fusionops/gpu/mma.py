@@ -1,4 +1,7 @@
-"""Contractions of float16 and bfloat16 on tensor cores, from compute capability 8.0 on; the sums are float32."""
+"""Contractions on tensor cores, from compute capability 8.0 on; the sums are float32.
+
+float16 and bfloat16; float32 only where precision="tf32" allows its factors to be rounded to 11 significant bits.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,8 @@ from fusionops.kernel import Kernel
 from fusionops.spec import Conv2d, Dense, FusionSpec, Merge
 
 SOURCE = "mma.cu"
-DTYPES = ("float16", "bfloat16")
-PIXELS, CHANNELS, STAGES, THREADS = 128, 32, 4, 256  # of a block, as in the source
+DTYPES = ("float16", "bfloat16", "float32")
+PIXELS, STEP_BYTES, STAGES, THREADS = 128, 64, 4, 256  # of a block; of a pixel's channels in a step; as in the source
 FILTERS = (128, 64)
 WARP_FILTERS = 32
 # Of a group: with fewer, most of a tile is not used, and CUDA cores are as fast.
@@ -30,7 +33,7 @@ SYMBOLS = igemm.instantiations(
 
 def block_shared_bytes(filters: int) -> int:
     """Pixels, and the buffers of all stages, in the place of which half a tile of sums follows."""
-    buffers = STAGES * (PIXELS + filters) * CHANNELS * 2
+    buffers = STAGES * (PIXELS + filters) * STEP_BYTES
     return PIXELS * igemm.PIXEL_BYTES + max(buffers, PIXELS // 2 * (filters + 1) * 4)
 
 
@@ -70,6 +73,8 @@ def slow(spec: FusionSpec) -> tuple[str, ...]:
 def _kernel(merge: Merge, contraction: type[Conv2d] | type[Dense], dtype: str) -> Kernel:
     def unsupported(spec: FusionSpec) -> tuple[str, ...]:
         reasons = igemm.common_reasons(spec, merge, contraction, dtype)
+        if dtype == "float32" and spec.precision != "tf32":
+            reasons.append("precision is that of float32, and tensor cores would round its factors: needs tf32")
         if spec.strict:
             reasons.append("strict=True fixes the order of a sum, and tensor cores do not state theirs")
         return tuple(reasons)

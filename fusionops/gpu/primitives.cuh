@@ -119,6 +119,32 @@ template <> __device__ __forceinline__ u32 mul_pair<bf16>(u32 a, u32 b) {
 }
 #endif
 
+// The same of what a 32-bit word holds, two numbers or one.
+template <class T> __device__ __forceinline__ u32 add_word(u32 a, u32 b) { return add_pair<T>(a, b); }
+template <class T> __device__ __forceinline__ u32 mul_word(u32 a, u32 b) { return mul_pair<T>(a, b); }
+template <> __device__ __forceinline__ u32 add_word<float>(u32 a, u32 b) {
+    return __float_as_uint(add_rn(__uint_as_float(a), __uint_as_float(b)));
+}
+template <> __device__ __forceinline__ u32 mul_word<float>(u32 a, u32 b) {
+    return __float_as_uint(mul_rn(__uint_as_float(a), __uint_as_float(b)));
+}
+template <class T> __device__ __forceinline__ u32 word_of(const T* two) { return two[0].bits | u32(two[1].bits) << 16; }
+__device__ __forceinline__ u32 word_of(const float* one) { return __float_as_uint(*one); }
+
+// The TF32 number, 10 bits behind the point, nearest to a float32; of two the one further from 0.
+#ifdef FUSIONOPS_HOST
+inline u32 tf32_of(float x) {
+    const u32 bits = __float_as_uint(x);
+    return (bits & 0x7F800000) == 0x7F800000 ? bits : (bits + 0x1000) & ~0x1FFFu;
+}
+#else
+__device__ __forceinline__ u32 tf32_of(float x) {
+    u32 y;
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
+    return y;
+}
+#endif
+
 // Copies of 16 bytes from global to shared memory that run beside the kernel, in groups. Of each the first `bytes` (0 or
 // 16) are read and the rest is zero. On the host they happen when they are waited for, not before.
 #ifdef FUSIONOPS_HOST
@@ -156,8 +182,8 @@ template <int OPEN> __device__ __forceinline__ void copy_wait() {
 #endif
 
 // Four 8×8 matrices of 16-bit numbers, whose rows of 16 bytes lie where the lanes say: lanes 0–7 name the rows of the
-// first, and so on. A lane receives of each the elements (lane/4, 2·(lane%4)) and the next in its row; turned, of the
-// transpose.
+// first, and so on. A lane receives of each the elements (lane/4, 2·(lane%4)) and the next in its row, or of rows of four
+// 32-bit numbers (lane/4, lane%4); turned, of the transpose.
 #ifdef FUSIONOPS_HOST
 template <bool TURNED> inline void load_matrices(u32 (&to)[4], const void* row) {
     struct Lane { const u16* row; u32 to[4]; } mine{static_cast<const u16*>(row), {}};
@@ -186,24 +212,29 @@ template <bool TURNED> __device__ __forceinline__ void load_matrices(u32 (&to)[4
 // sums (16×8) += a (16×16) · b (16×8), products summed in float32. With g = lane/4 and t = lane%4 a lane holds
 //   a: (g, 2t) (g+8, 2t) (g, 2t+8) (g+8, 2t+8), two neighbours in a row each     b: (2t, g) (2t+8, g), two in a column
 //   sums: (g, 2t) (g, 2t+1) (g+8, 2t) (g+8, 2t+1)
+// For T = float the factors are TF32: sums += a (16×8) · b (8×8), and a lane holds
+//   a: (g, t) (g+8, t) (g, t+4) (g+8, t+4)     b: (t, g) (t+4, g)     sums as above
 #ifdef FUSIONOPS_HOST
+template <class T> inline float number_of(u32 word, int i) { return widen(T{u16(word >> 16 * i)}); }
+template <> inline float number_of<float>(u32 word, int) { return __uint_as_float(word & ~0x1FFFu); }  // 19 bits are read
 template <class T> inline void multiply_tile(float (&sums)[4], const u32 (&a)[4], const u32 (&b)[2]) {
     struct Lane { float sums[4]; u32 a[4], b[2]; } mine;
     memcpy(mine.sums, sums, sizeof sums), memcpy(mine.a, a, sizeof a), memcpy(mine.b, b, sizeof b);
     fusionops_host::warp_collective(~0u, mine, [](auto lanes) {
-        float rows[16][16], columns[8][16];
-        auto half_of = [](u32 pair, int i) { return widen(T{u16(pair >> 16 * i)}); };
+        const int WORD = 4 / sizeof(T), DEPTH = 8 * WORD;  // numbers of a word
+        float rows[16][DEPTH], columns[8][DEPTH];
         for (int lane = 0; lane < 32; ++lane) {
-            const int g = lane / 4, t = lane % 4 * 2;
-            for (int i = 0; i < 2; ++i) {
-                for (int r = 0; r < 4; ++r) rows[g + r % 2 * 8][t + r / 2 * 8 + i] = half_of(lanes[lane].a[r], i);
-                for (int r = 0; r < 2; ++r) columns[g][t + r * 8 + i] = half_of(lanes[lane].b[r], i);
+            const int g = lane / 4, t = lane % 4 * WORD;
+            for (int i = 0; i < WORD; ++i) {
+                for (int r = 0; r < 4; ++r)
+                    rows[g + r % 2 * 8][t + r / 2 * 4 * WORD + i] = number_of<T>(lanes[lane].a[r], i);
+                for (int r = 0; r < 2; ++r) columns[g][t + r * 4 * WORD + i] = number_of<T>(lanes[lane].b[r], i);
             }
         }
         for (int lane = 0; lane < 32; ++lane)
             for (int i = 0; i < 4; ++i) {
                 float sum = 0;
-                for (int k = 0; k < 16; ++k) sum += rows[lane / 4 + i / 2 * 8][k] * columns[lane % 4 * 2 + i % 2][k];
+                for (int k = 0; k < DEPTH; ++k) sum += rows[lane / 4 + i / 2 * 8][k] * columns[lane % 4 * 2 + i % 2][k];
                 lanes[lane].sums[i] += sum;
             }
     });
@@ -211,17 +242,18 @@ template <class T> inline void multiply_tile(float (&sums)[4], const u32 (&a)[4]
 }
 #else
 template <class T> struct Multiply;
-#define FUSIONOPS_MULTIPLY(T, name)                                                                             \
+#define FUSIONOPS_MULTIPLY(T, name, depth)                                                                      \
     template <> struct Multiply<T> {                                                                            \
         static __device__ __forceinline__ void tile(float (&sums)[4], const u32 (&a)[4], const u32 (&b)[2]) {   \
-            asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." name "." name ".f32 "                         \
+            asm volatile("mma.sync.aligned.m16n8k" depth ".row.col.f32." name "." name ".f32 "                  \
                          "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                      \
                          : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])                           \
                          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                   \
         }                                                                                                       \
     };
-FUSIONOPS_MULTIPLY(f16, "f16")
-FUSIONOPS_MULTIPLY(bf16, "bf16")
+FUSIONOPS_MULTIPLY(f16, "f16", "16")
+FUSIONOPS_MULTIPLY(bf16, "bf16", "16")
+FUSIONOPS_MULTIPLY(float, "tf32", "8")
 #undef FUSIONOPS_MULTIPLY
 template <class T>
 __device__ __forceinline__ void multiply_tile(float (&sums)[4], const u32 (&a)[4], const u32 (&b)[2]) {

@@ -24,9 +24,12 @@ from fusionops.problems.rows import (
     in_nchw,
     join,
 )
+from fusionops.problems.tensor_cores import ALIGNED, in_any_order
 from fusionops.spec import ACTIVATIONS, Activation
 
 __all__ = [
+    "ALIGNED",
+    "ANY_ORDER",
     "CONVS",
     "DENSES",
     "JOINS",
@@ -254,3 +257,9 @@ PROBLEMS = (
     *narrow((*JOINS, *DENSES, *CONVS, *REWRITTEN)),
     *(in_float64(problem) for problem in REWRITTEN if "cpu.concat_conv_fprop_commuted_f32" in problem.kernels),
 )
+
+ANY_ORDER = (
+    *in_any_order((*CONVS[::6], *DENSES[::2]), "float16", None),
+    *in_any_order((*CONVS[::6], *DENSES[::2]), "float32", "tf32"),
+)
+"""For tensor cores, beside those among PROBLEMS, of every way in which tiles end."""
