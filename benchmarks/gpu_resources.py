@@ -50,7 +50,8 @@ def resources(source: str, arch: str) -> dict[str, Resources]:
 def shared_bytes(source: str, name: str) -> int:
     """Dynamic shared memory of a block."""
     if source == mma.SOURCE:
-        return mma.block_shared_bytes(int(name.split(", ")[2]))
+        kind, _, filters, _ = name.split("<")[1].split(", ")
+        return mma.block_shared_bytes("float32" if kind == "float" else "float16", int(filters))
     if source == stream.SOURCE:
         return 0
     dtype, _, *extents, _ = name.removeprefix("conv_fprop_igemm<").removesuffix(">").split(", ")

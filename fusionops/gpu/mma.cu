@@ -4,15 +4,15 @@
 //   y[m,k] = act( Σ_l a[m,l] · b[l,k] + bias[k] + residual[m,k] )     l = (r, s, c) of one group
 //
 // A block of 8 warps owns 128 pixels × BN filters (128 or 64) of one group, a warp 32 filters of 64 or 32 pixels. A step
-// of the sum is one tap and 64 bytes of merged channels, whose a and b wait in one of STAGES buffers. Filters, and sources of a
-// concatenation, are copied there asynchronously, STAGES − 1 steps ahead; a sum of sources is loaded and merged before a
-// step is multiplied, and stored after it. Concatenation is an order of visits: where runs of 16 bytes of channels belong
-// to one source each, every run is read from where it lies. What is not aligned so is gathered element by element into the
-// same places: strides never change a bit. Order of the sum: taps, in each the 32 bytes of channels that an instruction
-// multiplies.
+// of the sum is one tap and 64 bytes of merged channels, whose a and b wait in one of STAGES buffers. Filters, and
+// sources of a concatenation, are copied there asynchronously, STAGES − 1 steps ahead; a sum of sources is loaded and
+// merged before a step is multiplied, and stored after it. Concatenation is an order of visits: where runs of 16 bytes of
+// channels belong to one source each, every run is read from where it lies. What is not aligned so is gathered element by
+// element into the same places: strides never change a bit. Order of the sum: taps, in each the 32 bytes of channels that
+// an instruction multiplies.
 //
 // Rows of a buffer are stored with their 16-byte pieces exchanged (`piece_a`, `piece_b`), so that the eight rows that one
-// matrix load reads lie in different banks.
+// matrix load reads lie in different banks; filters of float32, which no instruction loads turned, have gaps between rows.
 //
 // Requires: sm_80, 256 threads, shared memory of `mma.block_shared_bytes`. vectors_a only if channels have step 1 and
 // every other step, first channel and base of the sources, and C, is a multiple of 16 bytes; vectors_b likewise of the
@@ -24,6 +24,7 @@ const int PIECES = 4;  // of 16 bytes, in a row of a
 
 template <class T> struct Extents {
     static const int RUN = 16 / sizeof(T), BC = PIECES * RUN;  // elements of a piece; channels of a step
+    static const int GAP = sizeof(T) == 4 ? 8 : 0;             // behind a row of b: four rows are read at once
 };
 
 // Where the 16 bytes `piece` of a row begin, in elements of its buffer.
@@ -31,8 +32,7 @@ template <class T> __device__ __forceinline__ int piece_a(int row, int piece) {
     return (row * PIECES + (piece ^ row / 2 % PIECES)) * Extents<T>::RUN;
 }
 template <class T, int BN> __device__ __forceinline__ int piece_b(int row, int piece) {
-    // Eight rows of one piece are read at once, or four rows of two neighbouring ones.
-    return row * BN + (piece ^ (sizeof(T) == 2 ? row % 8 : row % 4 * 2)) * Extents<T>::RUN;
+    return row * (BN + Extents<T>::GAP) + (sizeof(T) == 2 ? piece ^ row % 8 : piece) * Extents<T>::RUN;
 }
 
 // What a lane holds of the filters of 16 columns for two products: of 16 rows of 16-bit numbers, or of 8 of TF32.
@@ -118,7 +118,7 @@ __device__ __forceinline__ T gathered(const IgemmParams<SOURCES>& p, int n, int 
 
 template <class T, bool ADD, int BN, int SOURCES>
 __global__ void __launch_bounds__(THREADS, 2) conv_fprop_igemm_sm80(const __grid_constant__ IgemmParams<SOURCES> p) {
-    constexpr int RUN = Extents<T>::RUN, BC = Extents<T>::BC;
+    constexpr int RUN = Extents<T>::RUN, BC = Extents<T>::BC, BUFFER_B = BC * (BN + Extents<T>::GAP);
     static_assert(PIECES / 2 == BM * BC / RUN / THREADS, "a thread brings one run of a for every product of 32 bytes");
     constexpr int RUNS_A = BM * BC / RUN / THREADS, RUNS_B = BC * BN / RUN / THREADS;
     constexpr int COLUMNS = BN / 32, WARP_ROWS = BM / (8 / COLUMNS), TILES = WARP_ROWS / 16;  // of warps; of one
@@ -173,7 +173,7 @@ __global__ void __launch_bounds__(THREADS, 2) conv_fprop_igemm_sm80(const __grid
             const T* place = static_cast<const T*>(p.filters) + at.r * p.filter_steps[0] + at.s * p.filter_steps[1] +
                              (at.c + row) * p.filter_steps[2] + i64(group * K + k) * p.filter_steps[3];
             const bool exists = at.c + row < int(p.C) && k < K;
-            T* const to = b + stage * BC * BN + piece_b<T, BN>(row, filter_piece);
+            T* const to = b + stage * BUFFER_B + piece_b<T, BN>(row, filter_piece);
             if (vectors_b) {
                 copy_async(to, exists ? place : p.filters, exists ? 16 : 0);
             } else {
@@ -207,7 +207,7 @@ __global__ void __launch_bounds__(THREADS, 2) conv_fprop_igemm_sm80(const __grid
         const int next = step + STAGES - 1;
         if (next < steps) fetch_b(coming, next % STAGES);
         const T* const here_a = a + step % STAGES * BM * BC;
-        const T* const here_b = b + step % STAGES * BC * BN;
+        const T* const here_b = b + step % STAGES * BUFFER_B;
 #pragma unroll
         for (int half = 0; half < RUNS_A; ++half) {  // of the channels: 32 bytes
             if (next < steps) fetch_a(coming, next % STAGES, half);

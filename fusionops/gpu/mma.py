@@ -31,9 +31,10 @@ SYMBOLS = igemm.instantiations(
 """Every instantiation that a plan can ask for."""
 
 
-def block_shared_bytes(filters: int) -> int:
+def block_shared_bytes(dtype: str, filters: int) -> int:
     """Pixels, and the buffers of all stages, in the place of which half a tile of sums follows."""
-    buffers = STAGES * (PIXELS + filters) * STEP_BYTES
+    gaps = 8 * STEP_BYTES if dtype == "float32" else 0
+    buffers = STAGES * ((PIXELS + filters) * STEP_BYTES + gaps)
     return PIXELS * igemm.PIXEL_BYTES + max(buffers, PIXELS // 2 * (filters + 1) * 4)
 
 
@@ -54,7 +55,7 @@ def plan(spec: FusionSpec, device: GpuDevice) -> IgemmConfig:
 
 def with_tile(spec: FusionSpec, filters: int) -> IgemmConfig:
     name = symbol(spec.dtype, spec.merge, filters)
-    return IgemmConfig(SOURCE, name, _blocks(spec, filters), THREADS, block_shared_bytes(filters))
+    return IgemmConfig(SOURCE, name, _blocks(spec, filters), THREADS, block_shared_bytes(spec.dtype, filters))
 
 
 def _blocks(spec: FusionSpec, tile: int) -> int:
