@@ -8,10 +8,14 @@ from typing import Any
 import numpy as np
 from host_cuda.module import HostModule
 
-from fusionops.gpu import igemm, mma, module, stream
+from fusionops.gpu import igemm, mma, module, sm90, stream
 from fusionops.gpu.params import CAPACITIES
 
-SYMBOLS = {stream.SOURCE: stream.SYMBOLS, igemm.SOURCE: igemm.SYMBOLS, mma.SOURCE: mma.SYMBOLS}
+SYMBOLS = {kernels.SOURCE: kernels.SYMBOLS for kernels in (stream, igemm, mma, sm90)}
+TENSOR_MAP = np.dtype([
+    ("base", "u8"), ("steps", "u8", 4), ("extents", "u4", 5), ("box", "u4", 5), ("rank", "u4"), ("bytes", "u4"),
+    ("rest", "V40"),
+])  # fmt: skip
 
 
 @functools.cache
@@ -43,6 +47,23 @@ class HostRuntime:
 
     def address(self, array: Any) -> int:
         return int(array.ctypes.data)
+
+    def tensor_map(
+        self, dtype: str, address: int, extents: tuple[int, ...], steps: tuple[int, ...], box: tuple[int, ...]
+    ) -> bytes:
+        """What primitives_sm90.cuh makes of a tensor map on the host; refuses what the driver would."""
+        rank = len(extents)
+        assert len(steps) == rank - 1
+        assert len(box) == rank
+        assert address % 16 == 0
+        assert all(0 < step < 2**40 and step % 16 == 0 for step in steps)
+        assert all(0 < extent < 2**32 for extent in extents)
+        assert all(0 < part <= 256 for part in box)
+        assert box[0] * np.dtype(dtype).itemsize == 128
+        map_ = np.zeros(1, TENSOR_MAP)[0]
+        map_["base"], map_["rank"], map_["bytes"] = address, rank, np.dtype(dtype).itemsize
+        map_["steps"][: rank - 1], map_["extents"][:rank], map_["box"][:rank] = steps, extents, box
+        return map_.tobytes()
 
     def wait(self) -> None:
         self.waited += 1

@@ -27,7 +27,7 @@ from kernel_checks import (
 )
 
 from fusionops.device import GPU_PROFILES, H200
-from fusionops.gpu import KERNELS, igemm, mma, module, stream
+from fusionops.gpu import KERNELS, igemm, mma, module, sm90, stream
 from fusionops.kernel import Filters, Kernel, Operands
 from fusionops.problems import ALIGNED, ANY_ORDER, Problem, dense, join
 from fusionops.problems import PROBLEMS as ALL
@@ -40,6 +40,7 @@ from fusionops.testing import (
 )
 
 PROBLEMS = (*ALL, *ANY_ORDER)
+ON_TENSOR_CORES = (*mma.KERNELS, *sm90.KERNELS)
 
 
 def is_told_apart(kernel: Kernel, problem: Problem) -> bool:
@@ -47,7 +48,7 @@ def is_told_apart(kernel: Kernel, problem: Problem) -> bool:
     the rewrites whose edges stand among the problems in every format and layout.
     """
     spec = problem.spec
-    if spec.contraction is None or kernel in mma.KERNELS:
+    if spec.contraction is None or kernel in ON_TENSOR_CORES:
         return True
     return spec.strict or (spec.dtype == "float32" and spec.layout is Layout.NHWC)
 
@@ -87,8 +88,10 @@ def test_support_is_not_lost(problem):
     elif any(source.scale or source.shift or source.activation for source in spec.sources):
         assert able == set()
     else:
-        on_tensor_cores = not spec.strict and (spec.dtype in ("float16", "bfloat16") or spec.precision == "tf32")
-        assert len(able) == 1 + on_tensor_cores
+        is_narrow = spec.dtype in ("float16", "bfloat16")
+        on_tensor_cores = not spec.strict and (is_narrow or spec.precision == "tf32")
+        on_hopper = on_tensor_cores and is_narrow and spec.layout is Layout.NHWC and spec.conv.groups == 1
+        assert len(able) == 1 + on_tensor_cores + on_hopper
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=attrgetter("name"))
@@ -103,10 +106,12 @@ def test_every_kernel_runs_some_problems_and_refuses_others_in_sentences(kernel)
 def test_plan_is_legal_and_pure(kernel, problem):
     for device in GPU_PROFILES:
         config = kernel.plan(problem.spec, device)
-        assert config.illegal_on(device) == ()
+        assert (config.illegal_on(device) == ()) == (kernel not in sm90.KERNELS or device.capability == (9, 0))
         assert config == kernel.plan(problem.spec, device)
         assert hash(config) == hash(kernel.plan(problem.spec, device))
-        assert config.scratch_bytes == config.shared_bytes == 0
+        assert config.scratch_bytes == 0
+        if kernel not in sm90.KERNELS:
+            assert config.shared_bytes == 0
 
 
 @every_case
@@ -166,6 +171,42 @@ def test_runs_that_are_copied_have_the_bits_of_gathered_ones(problem, host_runti
                 assert_same_bits(execute(mma_kernel(spec), spec, together), apart)
 
 
+HOPPER = [
+    pytest.param(kernel, problem, id=f"{kernel.name}-{problem}")
+    for problem in ALIGNED
+    for kernel in sm90.KERNELS
+    if not kernel.unsupported(problem.spec)
+]
+
+
+@pytest.mark.parametrize(("kernel", "problem"), HOPPER)
+def test_boxes_have_the_bits_of_gathered_elements(kernel, problem, monkeypatch):
+    """Arrays that the copies of boxes take, runs, and elements one by one; few blocks that take several tiles each."""
+    spec = problem.spec
+    operands, expected = exact_case(problem)
+    boxes = []
+    maps = HostRuntime.tensor_map
+    monkeypatch.setattr(HostRuntime, "tensor_map", lambda *args: boxes.append(args) or maps(*args))
+    few = replace(H200, multiprocessors=2)
+    for alike in (operands, random_operands(spec, rng_of(problem))):
+        apart = execute(kernel, spec, map_operands(alike, guarded_copy))
+        assert len(boxes) == 1  # of the filters
+        together = map_operands(alike, aligned_copy)
+        for filters in sm90.FILTERS:
+            config = sm90.with_tile(spec, filters, few)
+            assert config.blocks <= 2
+            assert_same_bits(execute(replace(kernel, plan=lambda spec, device, c=config: c), spec, together), apart)
+        for order in (1, 2):
+            with thread_order(order):
+                assert_same_bits(execute(kernel, spec, together), apart)
+        if alike is operands:
+            assert_within(apart[0], expected[0], activation_bound(spec, operands))
+            plain = sum(source.is_plain for source in spec.sources)
+            takes_boxes = spec.merge is Merge.CONCAT and spec.conv.stride == (1, 1)
+            assert len(boxes) == 1 + (len(sm90.FILTERS) + 2) * (1 + takes_boxes * plain)
+        boxes.clear()
+
+
 def mma_kernel(spec: FusionSpec) -> Kernel:
     return next(kernel for kernel in mma.KERNELS if not kernel.unsupported(spec))
 
@@ -181,9 +222,12 @@ def aligned_copy(array: np.ndarray) -> np.ndarray:
 @every_typical_contraction
 def test_the_tile_does_not_change_bits(kernel, problem):
     spec = problem.spec
-    on_tensor_cores = kernel in mma.KERNELS
-    tiles = mma.FILTERS if on_tensor_cores else igemm.TILES[igemm.computed_bytes(spec.dtype)]
-    configs = [(mma if on_tensor_cores else igemm).with_tile(spec, tile) for tile in tiles]
+    if kernel in sm90.KERNELS:
+        configs = [sm90.with_tile(spec, filters, H200) for filters in sm90.FILTERS]
+    elif kernel in mma.KERNELS:
+        configs = [mma.with_tile(spec, filters) for filters in mma.FILTERS]
+    else:
+        configs = [igemm.with_tile(spec, tile) for tile in igemm.TILES[igemm.computed_bytes(spec.dtype)]]
     assert kernel.plan(spec, H200) in configs
     operands = random_operands(spec, rng_of(problem))
     first, *others = [

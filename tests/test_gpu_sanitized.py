@@ -44,7 +44,7 @@ print(ran, "ran")
 """
 
 
-@pytest.mark.parametrize("source", ["stream.cu", "igemm.cu", "mma.cu"])
+@pytest.mark.parametrize("source", ["stream.cu", "igemm.cu", "mma.cu", "sm90.cu"])
 def test_nothing_outside_the_arrays_is_touched(source):
     paths = os.pathsep.join([str(TESTS.parent), str(TESTS)])
     done = subprocess.run(

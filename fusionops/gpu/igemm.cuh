@@ -55,11 +55,25 @@ template <class T> __device__ __forceinline__ Wide<T> load_map(const MapSource& 
     return weighted<T>(from.weight, widen(static_cast<const T*>(from.base)[offset]), c);
 }
 
+// Elements from the first output to a pixel's, and of the residual.
+template <int SOURCES> __device__ __forceinline__ i64 out_offset(const IgemmParams<SOURCES>& p, const Pixel& at) {
+    return at.n * p.out_steps[0] + at.p * p.out_steps[1] + at.q * p.out_steps[2];
+}
+template <int SOURCES> __device__ __forceinline__ i64 residual_offset(const IgemmParams<SOURCES>& p, const Pixel& at) {
+    return p.residual.base ? offset_of(p.residual, at.n, at.p, at.q) : 0;
+}
+
 // Bias, residual and activation of one sum, and its store; k counts the filters of all groups.
 template <class T, int SOURCES>
-__device__ __forceinline__ void finish(const IgemmParams<SOURCES>& p, const Pixel& at, i64 k, Wide<T> y) {
+__device__ __forceinline__ void finish(const IgemmParams<SOURCES>& p, i64 to, i64 residual, i64 k, Wide<T> y) {
     if (p.bias) y = add_rn(y, widen(static_cast<const T*>(p.bias)[k]));
-    if (p.residual.base) y = add_rn(y, load_map<T>(p.residual, at.n, at.p, at.q, k));
-    const i64 place = at.n * p.out_steps[0] + at.p * p.out_steps[1] + at.q * p.out_steps[2] + k * p.out_steps[3];
-    static_cast<T*>(p.out)[place] = narrow<T>(activated<Wide<T>>(p.activation, p.slope, y));
+    if (p.residual.base) {
+        const Wide<T> x = widen(static_cast<const T*>(p.residual.base)[residual + k * p.residual.steps[3]]);
+        y = add_rn(y, weighted<T>(p.residual.weight, x, k));
+    }
+    static_cast<T*>(p.out)[to + k * p.out_steps[3]] = narrow<T>(activated<Wide<T>>(p.activation, p.slope, y));
+}
+template <class T, int SOURCES>
+__device__ __forceinline__ void finish(const IgemmParams<SOURCES>& p, const Pixel& at, i64 k, Wide<T> y) {
+    finish<T>(p, out_offset(p, at), residual_offset(p, at), k, y);
 }

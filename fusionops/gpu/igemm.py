@@ -153,7 +153,7 @@ def _blocks(spec: FusionSpec, tile: Tile) -> int:
     return -(-pixels // tile.bm) * -(-filters // tile.bn) * spec.conv.groups
 
 
-def _map_steps(strides: Strides, spec: FusionSpec) -> tuple[int, ...]:
+def map_steps(strides: Strides, spec: FusionSpec) -> tuple[int, ...]:
     """Along N, H, W and channels, in elements; rows of a Dense lie along W."""
     item = ITEM_BYTES[spec.dtype]
     steps = tuple(step // item for step in strides)
@@ -185,7 +185,7 @@ def prepare(
     head, conv = struct[0], spec.conv
     (top, _), (left, _) = conv.padding
     channels, group_filters = spec.C // conv.groups, conv.K // conv.groups
-    source_steps = [_map_steps(steps, spec) for steps in sources]
+    source_steps = [map_steps(steps, spec) for steps in sources]
     filter_steps = _filter_steps(filters, spec)
     firsts = [0] * len(sources) if spec.merge is Merge.ADD else [0, *itertools.accumulate(spec.channels[:-1])]
     run = RUN_BYTES // ITEM_BYTES[spec.dtype]
@@ -199,12 +199,12 @@ def prepare(
     for name, value in zip(EXTENTS, values, strict=True):
         head[name] = value
     head["slope"] = slope(spec.activation)
-    head["filter_steps"], head["out_steps"] = filter_steps, _map_steps(out, spec)
+    head["filter_steps"], head["out_steps"] = filter_steps, map_steps(out, spec)
     for field, source, steps, first in zip(head["source"], spec.sources, source_steps, firsts, strict=False):
         field["steps"], field["first"] = steps, first
         field["up_h"], field["up_w"] = source.upsample
     if spec.residual is not None and residual is not None:
-        head["residual"]["steps"] = _map_steps(residual, spec)
+        head["residual"]["steps"] = map_steps(residual, spec)
         head["residual"]["up_h"], head["residual"]["up_w"] = spec.residual.upsample
     return struct
 
@@ -219,9 +219,16 @@ def _in_runs(extents: tuple[int, ...], steps: list[tuple[int, ...]], run: int) -
 def run(spec: FusionSpec, config: IgemmConfig, operands: Operands, out: Any) -> None:
     """Writes a contraction to `out`; with return_sum, or more sources than a launch takes, the merged map first."""
     if spec.return_sum or len(operands.sources) > CAPACITIES[-1]:
-        spec, operands = _with_stored_map(spec, operands)
-    address = runtime().address
+        spec, operands = with_stored_map(spec, operands)
     filters: Any = operands.filters.array if isinstance(operands.filters, Filters) else operands.filters
+    struct = filled(spec, operands, filters, out)
+    name = config.symbol.format(sources=capacity(len(operands.sources)))
+    launch(config.source, name, (config.blocks,), config.threads, struct, config.block_shared_bytes)
+
+
+def filled(spec: FusionSpec, operands: Operands, filters: Any, out: Any) -> Struct:
+    """The parameters of a call."""
+    address = runtime().address
     residual = operands.residual
     places, filters_place = [address(source) for source in operands.sources], address(filters)
     struct = prepare(
@@ -243,11 +250,10 @@ def run(spec: FusionSpec, config: IgemmConfig, operands: Operands, out: Any) -> 
     for field, place, source, weight in zip(head["source"], places, spec.sources, weights, strict=False):
         field["base"] = place
         set_weight(field["weight"], source.weight, weight)
-    name = config.symbol.format(sources=capacity(len(places)))
-    launch(config.source, name, (config.blocks,), config.threads, struct, config.block_shared_bytes)
+    return struct
 
 
-def _with_stored_map(spec: FusionSpec, operands: Operands) -> tuple[FusionSpec, Operands]:
+def with_stored_map(spec: FusionSpec, operands: Operands) -> tuple[FusionSpec, Operands]:
     """Writes the merged map, and states the rest of the problem with that map as its one source."""
     merged = operands.merged
     if merged is None:

@@ -17,13 +17,13 @@
 // Requires: sm_80, 256 threads, shared memory of `mma.block_shared_bytes`. vectors_a only if channels have step 1 and
 // every other step, first channel and base of the sources, and C, is a multiple of 16 bytes; vectors_b likewise of the
 // filters.
-#include "igemm.cuh"
+#include "runs.cuh"
 
 const int BM = 128, STAGES = 4, THREADS = 256;
 const int PIECES = 4;  // of 16 bytes, in a row of a
 
 template <class T> struct Extents {
-    static const int RUN = 16 / sizeof(T), BC = PIECES * RUN;  // elements of a piece; channels of a step
+    static const int RUN = RUN_OF<T>, BC = PIECES * RUN;  // elements of a piece; channels of a step
     static const int GAP = sizeof(T) == 4 ? 8 : 0;             // behind a row of b: four rows are read at once
 };
 
@@ -72,50 +72,6 @@ template <int BC> struct Step {
     }
 };
 
-template <class T> __device__ __forceinline__ uint4 add_run(uint4 a, uint4 b) {
-    return make_uint4(add_word<T>(a.x, b.x), add_word<T>(a.y, b.y), add_word<T>(a.z, b.z), add_word<T>(a.w, b.w));
-}
-template <class T> __device__ __forceinline__ uint4 mul_run(uint4 a, uint4 b) {
-    return make_uint4(mul_word<T>(a.x, b.x), mul_word<T>(a.y, b.y), mul_word<T>(a.z, b.z), mul_word<T>(a.w, b.w));
-}
-
-// The weights of neighbouring channels from c on.
-template <class T> __device__ __forceinline__ uint4 weights_of(const Weight& weight, int c) {
-    if (weight.kind == WEIGHT_VECTOR) {
-        const T* const vector = static_cast<const T*>(weight.vector) + c;  // aligned to no more than an element
-        return make_uint4(word_of(vector), word_of(vector + Extents<T>::RUN / 4),
-                          word_of(vector + Extents<T>::RUN / 2), word_of(vector + Extents<T>::RUN / 4 * 3));
-    }
-    const T same[2] = {narrow<T>(Wide<T>(weight.number)), narrow<T>(Wide<T>(weight.number))};
-    const u32 word = word_of(same);
-    return make_uint4(word, word, word, word);
-}
-
-// Neighbouring channels, from c on, of a sum of sources whose channels lie side by side.
-template <class T, int SOURCES>
-__device__ __forceinline__ uint4 summed_run(const IgemmParams<SOURCES>& p, int n, int h, int w, int c) {
-    uint4 sum;
-    for (int j = 0; j < p.sources; ++j) {
-        const MapSource& from = p.source[j];
-        const Weight& weight = from.weight;
-        uint4 x = *reinterpret_cast<const uint4*>(static_cast<const T*>(from.base) + offset_of(from, n, h, w) + c);
-        if (weight.kind != WEIGHT_NONE) x = mul_run<T>(weights_of<T>(weight, c), x);
-        sum = j == 0 ? x : add_run<T>(sum, x);
-    }
-    return sum;
-}
-
-// One element of the merged map, from wherever it lies.
-template <class T, bool ADD, int SOURCES>
-__device__ __forceinline__ T gathered(const IgemmParams<SOURCES>& p, int n, int h, int w, int c) {
-    const int first = ADD ? 0 : source_at(p, c);
-    const int channel = c - (ADD ? 0 : int(p.source[first].first));
-    Wide<T> x = load_map<T>(p.source[first], n, h, w, channel);
-    if (ADD)
-        for (int j = 1; j < p.sources; ++j) x = merge_add<T>(x, load_map<T>(p.source[j], n, h, w, channel));
-    return narrow<T>(x);
-}
-
 template <class T, bool ADD, int BN, int SOURCES>
 __global__ void __launch_bounds__(THREADS, 2) conv_fprop_igemm_sm80(const __grid_constant__ IgemmParams<SOURCES> p) {
     constexpr int RUN = Extents<T>::RUN, BC = Extents<T>::BC, BUFFER_B = BC * (BN + Extents<T>::GAP);
@@ -154,7 +110,7 @@ __global__ void __launch_bounds__(THREADS, 2) conv_fprop_igemm_sm80(const __grid
             for (int j = 0; j < RUN; ++j)
                 to[j] = exists && j < left ? gathered<T, ADD>(p, pixel.n, h, w, c + j) : T{};
         } else if (ADD) {
-            brought = exists ? summed_run<T>(p, pixel.n, h, w, c) : make_uint4(0, 0, 0, 0);
+            brought = exists ? summed_run<T>(p, 0, int(p.sources), pixel.n, h, w, c) : make_uint4(0, 0, 0, 0);
         } else {
             const MapSource& from = p.source[left > 0 ? source_at(p, c) : 0];
             const T* place = static_cast<const T*>(from.base);

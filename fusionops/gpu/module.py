@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from fusionops.errors import BackendError
+from fusionops.gpu import tensor_map
 
 Extent = tuple[int, ...]
 
@@ -23,6 +24,7 @@ FLAGS = (
     "-std=c++17",
     "-fmad=false",  # a multiply-add is written out where it is wanted: the merge rounds products and sums one by one
 )
+ARCHITECTURES = {"sm90.cu": ("-arch=sm_90a",)}  # CuPy's own would be sm_90, which has none of Hopper's products
 BLOCK_SHARED_BYTES = 48 * 1024  # of dynamic shared memory, which every kernel may use unasked
 
 HERE = Path(__file__).parent
@@ -42,6 +44,7 @@ class Runtime(Protocol):
     arrays     the array library whose arrays they take: what has no kernel is left to it
     function(source, name)   an instantiation of a kernel of one of the sources in this folder
     address(array)           of its first element, as the device sees it
+    tensor_map(…)            what a kernel needs to copy boxes of a tensor: `TensorMap` in primitives_sm90.cuh
     wait()                   until the current stream has run all that was launched; raises what went wrong
     """
 
@@ -51,6 +54,8 @@ class Runtime(Protocol):
     def function(self, source: str, name: str) -> Function: ...
 
     def address(self, array: Any) -> int: ...
+
+    def tensor_map(self, dtype: str, address: int, extents: Extent, steps: Extent, box: Extent) -> bytes: ...
 
     def wait(self) -> None: ...
 
@@ -86,12 +91,16 @@ class CupyRuntime:
         key = self.arrays.cuda.runtime.getDevice(), source, name
         made = self._functions.get(key)
         if made is None:
-            module = self.arrays.RawModule(code=read_source(source), options=FLAGS, name_expressions=(name,))
+            options = FLAGS + ARCHITECTURES.get(source, ())
+            module = self.arrays.RawModule(code=read_source(source), options=options, name_expressions=(name,))
             made = self._functions[key] = module.get_function(name)
         return made
 
     def address(self, array: Any) -> int:
         return int(array.data.ptr)
+
+    def tensor_map(self, dtype: str, address: int, extents: Extent, steps: Extent, box: Extent) -> bytes:
+        return tensor_map.encode(dtype, address, extents, steps, box)
 
     def wait(self) -> None:
         self.arrays.cuda.get_current_stream().synchronize()

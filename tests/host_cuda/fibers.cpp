@@ -193,10 +193,19 @@ struct Worker {
         if (seconds() - spinning_since_s > launch->patience_s) report_deadlock();
     }
 
-    // The first thread after the current one that can go on, the current one being the last that is asked.
+    // The first thread after the current one that can go on, the current one being the last that is asked. In a random
+    // order a warpgroup runs as far as it can before another does: then one that has to wait for another, and does not,
+    // is far ahead.
     Fiber& next_ready() {
         Fiber* const first = current->next;
         Fiber* fiber = first;
+        if (launch->order > 1 && !spins) {
+            const unsigned group = current->number / WARPGROUP;
+            do {
+                if (fiber->number / WARPGROUP == group && (!fiber->ready || fiber->ready(*fiber))) break;
+                fiber = fiber->next;
+            } while (fiber != first);
+        }
         while (fiber->ready && !fiber->ready(*fiber)) {
             fiber = fiber->next;
             if (fiber == first) report_deadlock();

@@ -16,7 +16,7 @@ constexpr unsigned WARP = 32, WARPGROUP = 128, THREADS_MAX = 1024, NAMED_BARRIER
 struct Launch {  // module._Launch is the same in ctypes
     uint3 grid, block;
     uint32_t shared_bytes;
-    uint32_t order;       // of the threads: 0 forward, 1 reverse, else the seed of a random one
+    uint32_t order;       // of the threads: 0 forward, 1 reverse, else the seed of a random one, by warpgroups
     double patience_s;    // how long yield() may be called without progress
     uint64_t next_block;  // the OS threads of a launch draw their blocks from here
     uint64_t switches;    // between fibers, of all blocks
