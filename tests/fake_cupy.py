@@ -1,21 +1,95 @@
 """Stands for the module `cupy` where there is no GPU: arrays that lie in host memory but are no NumPy arrays.
 
 As strict as CuPy, or stricter: NumPy may not touch an array, a new one is made on the current device, work on an array
-of another device is an error, and so is whatever would make the host wait. `sys.modules["cupy"] = fake_cupy` installs
-it; `asnumpy` and `get` are for tests.
+of another device is an error, and so is whatever would make the host wait, but for `Event.synchronize`.
+`sys.modules["cupy"] = fake_cupy` installs it; `asnumpy` and `get` wait, for whoever measures and tests.
+
+Work is done at once by the host, but takes its time on a device with a clock of its own: FILL_NS or COPY_NS each, and
+what tests `enqueue`. So a device may be at work long after a call has returned, and events tell by how much.
 """
 
 from __future__ import annotations
 
 import math
+import time
 import types
+import weakref
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
+from fusionops.device import H200
+
 __version__ = "14.2.0"
 
 _devices = [0]  # the stack of current ones
+
+FILL_NS, COPY_NS = 2_000_000, 1_000_000
+POOL_UNIT = 512  # bytes
+
+_idle_from_ns = 0  # when the device will have done all that was enqueued
+
+
+def enqueue(nanoseconds: int) -> None:
+    """Work for the device, which begins it when it has done all before."""
+    global _idle_from_ns
+    _idle_from_ns = max(_idle_from_ns, time.perf_counter_ns()) + nanoseconds
+
+
+class Event:
+    """A point in the work of the device."""
+
+    at_ns: int
+
+    def record(self) -> None:
+        self.at_ns = max(_idle_from_ns, time.perf_counter_ns())
+
+    @property
+    def done(self) -> bool:
+        return time.perf_counter_ns() >= self.at_ns
+
+    def synchronize(self) -> None:
+        while not self.done:
+            time.sleep(max(0.0, self.at_ns - time.perf_counter_ns()) / 1e9)
+
+
+def get_elapsed_time(begin: Event, end: Event) -> float:
+    """Milliseconds."""
+    assert begin.done, "an event has not been waited for"
+    assert end.done, "an event has not been waited for"
+    return (end.at_ns - begin.at_ns) / 1e6
+
+
+_hooks: list[MemoryHook] = []
+
+
+class MemoryHook:
+    """Is told of what arrays take of the pool and give back, inside a with statement."""
+
+    def __enter__(self) -> MemoryHook:
+        _hooks.append(self)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        _hooks.remove(self)
+
+    def malloc_postprocess(self, **taken: int) -> None: ...
+
+    def free_postprocess(self, **freed: int) -> None: ...
+
+
+def _pooled(memory: np.ndarray) -> np.ndarray:
+    """New memory, of which hooks are told now and when nobody uses it any more."""
+    size = -(-memory.nbytes // POOL_UNIT) * POOL_UNIT
+
+    def freed() -> None:
+        for hook in _hooks:
+            hook.free_postprocess(mem_size=size)
+
+    for hook in _hooks:
+        hook.malloc_postprocess(size=memory.nbytes, mem_size=size)
+    weakref.finalize(memory, freed)
+    return memory
 
 
 class Device:
@@ -23,6 +97,19 @@ class Device:
 
     def __init__(self, device: int | None = None) -> None:
         self.id = _devices[-1] if device is None else device
+
+    @property
+    def attributes(self) -> dict[str, int]:
+        return {
+            "ComputeCapabilityMajor": H200.capability[0],
+            "ComputeCapabilityMinor": H200.capability[1],
+            "MultiProcessorCount": H200.multiprocessors,
+            "MaxRegistersPerMultiprocessor": H200.registers,
+            "MaxSharedMemoryPerMultiprocessor": H200.shared_bytes,
+            "MaxSharedMemoryPerBlockOptin": H200.block_shared_bytes,
+            "MaxThreadsPerMultiProcessor": H200.threads,
+            "L2CacheSize": H200.l2_bytes,
+        }
 
     def __enter__(self) -> Device:
         _devices.append(self.id)
@@ -52,8 +139,16 @@ class Flags(NamedTuple):
 
 cuda = types.SimpleNamespace(
     Device=Device,
+    Event=Event,
+    MemoryHook=MemoryHook,
+    get_elapsed_time=get_elapsed_time,
     memory=types.SimpleNamespace(OutOfMemoryError=OutOfMemoryError, limit=2**34),
-    runtime=types.SimpleNamespace(getDevice=lambda: _devices[-1]),
+    runtime=types.SimpleNamespace(
+        CUDARuntimeError=RuntimeError,
+        getDevice=lambda: _devices[-1],
+        getDeviceCount=lambda: 2,
+        getDeviceProperties=lambda device: {"name": b"Pretended H200"},
+    ),
 )
 
 
@@ -134,6 +229,10 @@ class ndarray:
     def get(self) -> np.ndarray:
         return self._memory.copy()
 
+    def fill(self, value: float) -> None:
+        self[...] = value
+        enqueue(FILL_NS)
+
     def _seen(self, memory: np.ndarray) -> ndarray:
         return type(self)(memory, self.device.id, self)
 
@@ -144,7 +243,7 @@ class ndarray:
         if memory.size and np.shares_memory(memory, self._memory):
             return self._seen(memory)
         self._work()
-        return type(self)(memory)
+        return type(self)(_pooled(memory))
 
     def _work(self) -> None:
         """As kernels do, which run on the current device."""
@@ -158,7 +257,22 @@ def empty(shape: int | tuple[int, ...], dtype: Any = float) -> ndarray:
     size = math.prod(np.atleast_1d(shape).tolist()) * np.dtype(dtype).itemsize
     if size > cuda.memory.limit:
         raise OutOfMemoryError(size)
-    return ndarray(np.full(shape, 7, dtype))
+    return ndarray(_pooled(np.full(shape, 7, dtype)))
+
+
+def zeros(shape: int | tuple[int, ...], dtype: Any = float) -> ndarray:
+    made = empty(shape, dtype)
+    made[...] = 0
+    return made
+
+
+def broadcast_to(array: ndarray, shape: tuple[int, ...]) -> ndarray:
+    return array._seen(np.broadcast_to(array._memory, shape))
+
+
+def copyto(target: ndarray, source: ndarray) -> None:
+    target[...] = source
+    enqueue(COPY_NS)
 
 
 def asarray(value: Any, dtype: Any = None) -> ndarray:
@@ -167,7 +281,7 @@ def asarray(value: Any, dtype: Any = None) -> ndarray:
     if hasattr(value, "__cuda_array_interface__"):
         holder = types.SimpleNamespace(__array_interface__=value.__cuda_array_interface__, owner=value)
         return ndarray(np.asarray(holder))
-    return ndarray(np.array(value, dtype))
+    return ndarray(_pooled(np.array(value, dtype)))
 
 
 def from_dlpack(value: Any) -> ndarray:

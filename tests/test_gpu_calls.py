@@ -5,38 +5,18 @@ fake_cupy stands for CuPy; what the cpu backend gives for the same numbers is wh
 
 from __future__ import annotations
 
-import sys
-
 import fake_cupy as cp
 import numpy as np
 import pytest
-from gpu_on_host import HostRuntime
+from gpu_stand_in import usable_gpu
 
 import fusionops as fo
-from fusionops import dispatch
-from fusionops.device import H200
-from fusionops.gpu import module
-
-
-class FakeCupyRuntime(HostRuntime):
-    arrays = cp
-
-    def address(self, array):
-        return array.data.ptr
 
 
 @pytest.fixture(autouse=True)
 def runtime(monkeypatch):
-    """A usable GPU."""
-    monkeypatch.setitem(sys.modules, "cupy", cp)
-    monkeypatch.setattr("fusionops.gpu.reasons_unusable", lambda: ())
-    monkeypatch.setattr("fusionops.gpu.device", lambda: H200)
-    for cached in (dispatch.backend, dispatch.choose):
-        cached.cache_clear()
-    with module.use(FakeCupyRuntime()) as runtime:
+    with usable_gpu(monkeypatch) as runtime:
         yield runtime
-    for cached in (dispatch.backend, dispatch.choose):
-        cached.cache_clear()
 
 
 def integers(*shape, dtype=np.float32, seed=0):
