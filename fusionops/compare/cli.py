@@ -108,11 +108,18 @@ def _add_measurement(parser: argparse.ArgumentParser, rounds: int) -> None:
         metavar="FILE",
         help='write the figures; "-" is standard output, the table then goes to stderr',
     )
-    _add_machine(parser)
+    parser.add_argument(
+        "--backend", type=_backends, default=("cpu",), metavar="NAME,…", help="cpu, gpu or cpu,gpu; default cpu"
+    )
+    _add_threads(parser)
 
 
 def _add_machine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", type=_backend, metavar="NAME", help="cpu or gpu; default cpu")
+    _add_threads(parser)
+
+
+def _add_threads(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=_positive, metavar="T", help="default: every core this process may use")
 
 
@@ -211,6 +218,13 @@ def _backend(text: str) -> str:
     if text == "reference":
         _reject("the reference is what kernels are checked with: its time and memory say nothing of theirs")
     return text
+
+
+def _backends(text: str) -> tuple[str, ...]:
+    names = tuple(_backend(part) for part in text.split(","))
+    if "" in names or len(set(names)) < len(names):
+        _reject(f"{text!r} is no list of different backends, such as cpu,gpu")
+    return names
 
 
 def _workload_name(text: str) -> str:

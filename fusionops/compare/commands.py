@@ -8,15 +8,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 import fusionops as fo
 from fusionops.compare import measure, report, selftest
-from fusionops.compare.instance import build, normal_numbers
+from fusionops.compare.instance import build, library, normal_numbers
 from fusionops.compare.instance import explain as explain_workload
-from fusionops.compare.measure import Arm, Peak
+from fusionops.compare.measure import Arm, Peak, Times
 from fusionops.compare.report import Row
 from fusionops.compare.workloads import WORKLOADS, Workload
 from fusionops.spec import Merge
@@ -35,11 +36,11 @@ BENCHED = (
 
 
 def compare(options: Namespace) -> bool:
-    """One merge four ways: proved equal, measured, shown."""
+    """One merge four ways, on each backend: proved equal, measured, shown."""
     workload = options.workload_of(options)
     console = _console(options.json)
     with _threads(options.threads) as threads, _progress() as progress:
-        arms = measure.arms(build(workload, normal_numbers(), options.backend))
+        arms = _arms(workload, options.backend)
         bar = progress.add_task("compiling", total=3 + len(arms) * (1 + options.rounds))
         found = measure.differences(arms)
         if found:
@@ -49,18 +50,21 @@ def compare(options: Namespace) -> bool:
         progress.update(bar, advance=1, description="memory")
         peaks = []
         for arm in arms:
-            peaks.append(
-                measure.memory_peak(workload, arm.merge, arm.way, backend=options.backend, threads=options.threads)
-            )
+            if arm.backend == "gpu":
+                peaks.append(measure.allocated_peak(arm))
+            else:
+                peaks.append(
+                    measure.memory_peak(workload, arm.merge, arm.way, backend=arm.backend, threads=options.threads)
+                )
             progress.advance(bar)
         progress.update(bar, description="time")
-        times = measure.rounds_s(arms, options.rounds, lambda: progress.advance(bar))
-        machine = measure.machine(threads, before, measure.limits(workload.dtype, threads))
+        times = measure.rounds(arms, options.rounds, lambda: progress.advance(bar))
+        machine = _machine(options.backend, threads, before, measure.limits(workload.dtype, threads))
     rows = _rows(workload, arms, peaks, times)
     console.print(report.describe(workload))
     console.print(report.describe_machine(machine))
     console.print(report.four_ways(rows, machine))
-    console.print(report.legend(options.rounds), style="dim")
+    console.print(report.legend(options.rounds, "gpu" in options.backend), style="dim")
     for sentence in report.sentences(rows):
         console.print()
         console.print(sentence)
@@ -74,6 +78,8 @@ def bench(options: Namespace) -> bool:
         _console(None).print(report.workload_list(WORKLOADS.values()))
         return True
     console = _console(options.json)
+    for backend in options.backend:
+        library(backend)
     names = options.names or BENCHED
     rows: list[Row] = []
     with _threads(options.threads) as threads, _progress() as progress:
@@ -82,17 +88,17 @@ def bench(options: Namespace) -> bool:
         for name in names:
             progress.update(bar, description=name)
             workload = replace(WORKLOADS[name], dtype=options.dtype, layout=options.layout)
-            arms = measure.arms(build(workload, normal_numbers(), options.backend))
+            arms = _arms(workload, options.backend)
             found = measure.differences(arms)
             if found:
                 return _fail([f"{name}: {line}" for line in found])
-            peaks = [Peak(measure.traced_peak(arm.run), None) for arm in arms]
-            rows += _rows(workload, arms, peaks, measure.rounds_s(arms, options.rounds))
+            peaks = [measure.allocated_peak(arm) for arm in arms]
+            rows += _rows(workload, arms, peaks, measure.rounds(arms, options.rounds))
             progress.advance(bar)
-        machine = measure.machine(threads, before, measure.limits(options.dtype, threads))
+        machine = _machine(options.backend, threads, before, measure.limits(options.dtype, threads))
     console.print(report.describe_machine(machine))
     console.print(report.fused_or_not(rows, machine))
-    console.print("stored: the same, with every map between the merge and the result stored.", style="dim")
+    console.print(report.bench_legend("gpu" in options.backend), style="dim")
     _write(options.json, report.as_json(rows, machine))
     return True
 
@@ -144,8 +150,21 @@ def plot(options: Namespace) -> bool:
     return True
 
 
+def _arms(workload: Workload, backends: Sequence[str]) -> list[Arm]:
+    """Every arm on every backend, from the same numbers. Raises BackendError before it builds any."""
+    for backend in backends:
+        library(backend)
+    return [arm for backend in backends for arm in measure.arms(build(workload, normal_numbers(), backend))]
+
+
+def _machine(backends: Sequence[str], threads: int, *measured: measure.Limits) -> dict[str, Any]:
+    """The facts of the machine; those of its GPU are a mapping of their own, where it was used."""
+    machine = measure.machine(threads, *measured)
+    return machine | {"gpu": measure.gpu_machine()} if "gpu" in backends else machine
+
+
 def _rows(
-    workload: Workload, arms: Sequence[Arm], peaks: Sequence[Peak], times: Sequence[tuple[float, ...]]
+    workload: Workload, arms: Sequence[Arm], peaks: Sequence[Peak], times: Sequence[tuple[Times, ...]]
 ) -> list[Row]:
     return [
         Row(
@@ -157,10 +176,12 @@ def _rows(
             bytes_moved=arm.cost.bytes_moved,
             peak_bytes=peak.traced,
             peak_rss_bytes=peak.resident,
-            rounds_s=rounds_s,
+            rounds_s=tuple(each.seconds for each in of_arm),
             kernel=arm.kernel,
+            backend=arm.backend,
+            host_rounds_s=tuple(each.host_s for each in of_arm if each.host_s is not None) or None,
         )
-        for arm, peak, rounds_s in zip(arms, peaks, times, strict=True)
+        for arm, peak, of_arm in zip(arms, peaks, times, strict=True)
     ]
 
 

@@ -11,10 +11,13 @@ from typing import Any
 import numpy as np
 
 import fusionops as fo
+from fusionops import gpu
 from fusionops.compare.workloads import Map, Workload
+from fusionops.errors import BackendError
+from fusionops.gpu.module import runtime
 from fusionops.spec import Merge
 
-Array = np.ndarray[Any, Any]
+Array = Any  # NumPy's or CuPy's, as the backend has it
 Fill = Callable[[tuple[int, ...], str], Array]
 
 NHWC_AXES = (0, 2, 3, 1)  # shows an NCHW map as NHWC
@@ -31,15 +34,30 @@ def small_integers(seed: int = 0) -> Fill:
     return lambda shape, dtype: rng.integers(-4, 5, shape, np.int8).astype(dtype)
 
 
-def _shape_only(shape: tuple[int, ...], dtype: str) -> Array:
-    """Zeros that take no memory: every element is the same one."""
-    return np.broadcast_to(np.zeros((), dtype), shape)
+def library(backend: str | None) -> Any:
+    """The array library of a backend: CuPy or NumPy. Raises BackendError where there is no GPU to use."""
+    if backend != "gpu":
+        return np
+    if reasons := gpu.reasons_unusable():
+        raise BackendError(f"the gpu backend cannot be used here: {'; '.join(reasons)}")
+    return runtime().arrays
+
+
+def to_numpy(array: Array) -> np.ndarray[Any, Any]:
+    """The numbers of an array, which is copied if it lies on a GPU."""
+    return array if isinstance(array, np.ndarray) else np.asarray(library("gpu").asnumpy(array))
 
 
 def explain(workload: Workload, merge: Merge, backend: str | None = None) -> Any:
-    """What the fused way would run, and what both ways cost. Judges the workload and allocates nothing."""
-    instance = Instance(workload, _shape_only, backend)
-    instance.filters[merge] = _shape_only(workload.filter_shape(merge), workload.dtype)
+    """What the fused way would run, and what both ways cost. Judges the workload; allocates none of its arrays."""
+    arrays = library(backend)
+
+    def shape_only(shape: tuple[int, ...], dtype: str) -> Array:
+        """Zeros that take no memory: every element is the same one."""
+        return arrays.broadcast_to(arrays.zeros((), dtype), shape)
+
+    instance = Instance(workload, shape_only, backend)
+    instance.filters[merge] = shape_only(workload.filter_shape(merge), workload.dtype)
     op, arguments, options = instance.call(merge)
     return fo.explain(op, *arguments, **options)
 
@@ -48,19 +66,20 @@ def build(workload: Workload, fill: Fill, backend: str | None = None) -> Instanc
     """A workload with numbers. Raises SpecError and the like before it allocates anything."""
     results = {merge: explain(workload, merge, backend).spec for merge in workload.merges}
     instance = Instance(workload, fill, backend)
-    filters = fill(workload.filter_shape(Merge.CONCAT), workload.dtype)
+    filters = instance.arrays.asarray(fill(workload.filter_shape(Merge.CONCAT), workload.dtype))
     for merge, spec in results.items():
         if workload.K is not None:
             block = filters[workload.filter_block(merge)]
             instance.filters[merge] = fo.prepack(block, layout=workload.layout)
-        instance.outs[merge] = np.empty(spec.out_shape, workload.dtype)
+        instance.outs[merge] = instance.arrays.empty(spec.out_shape, workload.dtype)
         instance.outs[merge].fill(0)
     return instance
 
 
 class Instance:
-    """The arrays of a workload: every merge and way computes from the same maps.
+    """The arrays of a workload: every merge and way computes from the same maps; so does every backend.
 
+    arrays    the library they are of, in whose memory the numbers of `fill` are put
     filters   of an ADD are the first block of those of the CONCAT; packed beforehand, as weights that stay the same are
     outs      one result for each merge, in memory that the process already holds
     """
@@ -68,9 +87,10 @@ class Instance:
     def __init__(self, workload: Workload, fill: Fill, backend: str | None) -> None:
         self.workload = workload
         self.backend = backend
+        self.arrays = library(backend)
         self.maps = [self._map(fill, m) for m in workload.maps]
         self.residual = None if workload.residual is None else self._map(fill, workload.residual)
-        self.bias = None if workload.K is None else fill((workload.K,), workload.dtype)
+        self.bias = None if workload.K is None else self.arrays.asarray(fill((workload.K,), workload.dtype))
         self.weights = [1.0 / (1 + i) for i in range(len(self.maps))] if workload.weights else None
         self.filters: dict[Merge, Any] = {}
         self.outs: dict[Merge, Array] = {}
@@ -78,12 +98,12 @@ class Instance:
     def _map(self, fill: Fill, m: Map) -> Array:
         N, dtype = self.workload.N, self.workload.dtype
         if self.workload.is_dense:
-            return fill((N, m.C), dtype)
+            return self.arrays.asarray(fill((N, m.C), dtype))
         H, W = m.H + 2 * m.border, m.W + 2 * m.border
         rows, columns = slice(m.border, m.border + m.H), slice(m.border, m.border + m.W)
         if self.workload.layout == "NCHW":
-            return fill((N, m.C, H, W), dtype)[:, :, rows, columns]
-        return fill((N, H, W, m.C), dtype)[:, rows, columns]
+            return self.arrays.asarray(fill((N, m.C, H, W), dtype))[:, :, rows, columns]
+        return self.arrays.asarray(fill((N, H, W, m.C), dtype))[:, rows, columns]
 
     def fused(self, merge: Merge) -> None:
         op, arguments, options = self.call(merge)
@@ -149,9 +169,9 @@ class Instance:
         if m.upsample == 1:
             return array
         if self.workload.layout == "NHWC":
-            return np.asarray(fo.add([fo.Source(array, upsample=m.upsample)], backend=self.backend))
+            return fo.add([fo.Source(array, upsample=m.upsample)], backend=self.backend)
         N, C, H, W = array.shape
-        full = np.empty((N, C, H * m.upsample, W * m.upsample), array.dtype)
+        full = self.arrays.empty((N, C, H * m.upsample, W * m.upsample), array.dtype)
         source = fo.Source(array.transpose(NHWC_AXES), upsample=m.upsample)
         fo.add([source], out=full.transpose(NHWC_AXES), backend=self.backend)
         return full

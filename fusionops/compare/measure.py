@@ -24,12 +24,13 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 import fusionops as fo
-from fusionops import cpu
-from fusionops.compare.instance import Array, Instance, build, explain, normal_numbers
+from fusionops import cpu, gpu
+from fusionops.compare.instance import Array, Instance, build, explain, normal_numbers, to_numpy
 from fusionops.compare.workloads import Workload
 from fusionops.cost import Cost
 from fusionops.cpu.memory import WORKSPACE
 from fusionops.errors import BackendError
+from fusionops.gpu import probe
 from fusionops.spec import Merge
 
 FUSED, MATERIALISED = "fused", "materialised"
@@ -41,7 +42,7 @@ STATUS = Path("/proc/self/status")
 
 @dataclass(frozen=True)
 class Arm:
-    """One merge, one way; `run` writes `out`."""
+    """One merge, one way, on one backend; `run` writes `out`, on a GPU some time after it has returned."""
 
     merge: Merge
     way: str
@@ -49,6 +50,7 @@ class Arm:
     out: Array
     kernel: str
     cost: Cost
+    backend: str = "cpu"
 
 
 def arms(instance: Instance) -> list[Arm]:
@@ -56,83 +58,131 @@ def arms(instance: Instance) -> list[Arm]:
     listed = []
     for merge in instance.workload.merges:
         explained = explain(instance.workload, merge, instance.backend)
-        out, kernel = instance.outs[merge], explained.kernel
-        listed.append(Arm(merge, FUSED, partial(instance.fused, merge), out, kernel, explained.cost))
+        out, kernel, backend = instance.outs[merge], explained.kernel, explained.backend
+        listed.append(Arm(merge, FUSED, partial(instance.fused, merge), out, kernel, explained.cost, backend))
         if instance.workload.ways_differ:
             run = partial(instance.materialised, merge)
-            listed.append(Arm(merge, MATERIALISED, run, out, kernel, explained.cost.materialised))
+            listed.append(Arm(merge, MATERIALISED, run, out, kernel, explained.cost.materialised, backend))
     return listed
 
 
 SEES_UPSAMPLING = "_commuted_"  # in a kernel's name
-PROMISED_ERROR = 4e-6  # relative L2, of a call without strict=True
+# Relative L2, of a call without strict=True. Promised of float32; float64 is held to as many of its roundings.
+PROMISED_ERROR = {"float32": 4e-6, "float64": 4e-6 * 2.0**-29}
 
 
 def differences(compared: Sequence[Arm]) -> list[str]:
-    """Runs every arm and says, for each materialised one, how its result differs from the fused one; bit for bit.
+    """Runs every arm and says how results differ that should not: ways, and then backends.
 
-    A kernel that multiplies before it upsamples may round a stored map's products otherwise, as docs/numerics.md says:
-    both then lie within the error promised, hence within twice that of one another.
+    A materialised way has the bits of the fused one. Excepted is a kernel that multiplies before it upsamples: it may
+    round a stored map's products otherwise, as docs/numerics.md says. So may another backend. Both results then lie
+    within the error promised, hence within twice that of one another.
     """
     found = []
-    results: dict[Merge, Array] = {}
+    fused: dict[tuple[str, Merge], Array] = {}
+    others: dict[Merge, tuple[str, Array]] = {}
     for arm in compared:
-        arm.out.fill(np.nan)
-        arm.run()
-        expected = results.setdefault(arm.merge, arm.out.copy())
-        unequal = np.count_nonzero(_bits(expected) != _bits(arm.out))
-        promised = SEES_UPSAMPLING in arm.kernel and (
-            np.linalg.norm(expected - arm.out) <= 2 * PROMISED_ERROR * np.linalg.norm(expected)
-        )
-        if unequal and not promised:
-            largest = np.abs(expected - arm.out).max()
-            found.append(f"{arm.merge}: {unequal} of {arm.out.size} results differ, by up to {largest:.3g}")
-        if np.isnan(arm.out).any():
+        result = _result(arm)
+        expected = fused.setdefault((arm.backend, arm.merge), result)
+        if not _same_bits(expected, result) and not (SEES_UPSAMPLING in arm.kernel and _is_near(expected, result)):
+            found.append(f"{arm.merge}: {_how_far(expected, result)}")
+        if np.isnan(result).any():
             found.append(f"{arm.merge} {arm.way}: some results were never written")
+        other, expected = others.setdefault(arm.merge, (arm.backend, result))
+        if arm.way == FUSED and other != arm.backend and not _is_near(expected, result):
+            found.append(f"{arm.merge}, {arm.backend} against {other}: {_how_far(expected, result)}")
     return found
+
+
+def _result(arm: Arm) -> Array:
+    arm.out.fill(np.nan)
+    arm.run()
+    return to_numpy(arm.out).copy()
+
+
+def _same_bits(one: Array, other: Array) -> bool:
+    return bool((_bits(one) == _bits(other)).all())
+
+
+def _is_near(one: Array, other: Array) -> bool:
+    return bool(np.linalg.norm(one - other) <= 2 * PROMISED_ERROR[one.dtype.name] * np.linalg.norm(one))
+
+
+def _how_far(one: Array, other: Array) -> str:
+    unequal = np.count_nonzero(_bits(one) != _bits(other))
+    return f"{unequal} of {one.size} results differ, by up to {np.abs(one - other).max():.3g}"
 
 
 def _bits(array: Array) -> Array:
     return np.ascontiguousarray(array).view(f"u{array.itemsize}")
 
 
-def rounds_s(
-    compared: Sequence[Arm], rounds: int, advance: Callable[[], None] = lambda: None
-) -> list[tuple[float, ...]]:
-    """Seconds of a call of each arm in each round: the median of as many calls as fit in a turn.
+class Times(NamedTuple):
+    """Seconds of a call.
+
+    seconds   of the backend at work
+    host_s    until the call returned, where that is another time: on a GPU
+    """
+
+    seconds: float
+    host_s: float | None = None
+
+
+def rounds(compared: Sequence[Arm], count: int, advance: Callable[[], None] = lambda: None) -> list[tuple[Times, ...]]:
+    """The times of a call of each arm in each round: medians of as many calls as fit in a turn.
 
     The arms take turns within a round and each round begins with another one. The first call of a turn is not counted:
     it finds in the cache what the arm before it left there.
     """
-    measured: list[list[float]] = [[0.0] * rounds for _ in compared]
-    for turn in range(rounds):
+    clocks = {backend: _clock(backend) for backend in {arm.backend for arm in compared}}
+    measured: list[list[Times]] = [[] for _ in compared]
+    for turn in range(count):
         for place in range(len(compared)):
             index = (turn + place) % len(compared)
-            measured[index][turn] = _turn(compared[index].run)
+            arm = compared[index]
+            measured[index].append(_turn(arm.run, clocks[arm.backend]))
             advance()
     return [tuple(times) for times in measured]
 
 
-def _turn(run: Callable[[], None]) -> float:
+def _turn(run: Callable[[], None], clock: Callable[[Callable[[], None]], Times]) -> Times:
     run()
-    times: list[float] = []
+    times: list[Times] = []
     end = time.perf_counter() + TURN_S
     while not times or time.perf_counter() < end:
-        begin = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - begin)
-    return median(times)
+        times.append(clock(run))
+    host = [each.host_s for each in times if each.host_s is not None]
+    return Times(median(each.seconds for each in times), median(host) if host else None)
+
+
+def _clock(backend: str) -> Callable[[Callable[[], None]], Times]:
+    """What times one call on a backend."""
+    if backend == "gpu":
+        clock = probe.Clock()
+        return lambda run: Times(*clock(run))
+    return _cpu_time
+
+
+def _cpu_time(run: Callable[[], None]) -> Times:
+    begin = time.perf_counter()
+    run()
+    return Times(time.perf_counter() - begin)
 
 
 class Peak(NamedTuple):
     """The most memory a call holds beside what it is given and what it returns, bytes.
 
-    traced     as Python's allocators saw it
-    resident   as the memory of the process grew; None where the system does not tell
+    traced     as Python's allocators saw it, or on a GPU CuPy's pool
+    resident   as the memory of the process grew; None where the system does not tell, and on a GPU
     """
 
     traced: int
     resident: int | None
+
+
+def allocated_peak(arm: Arm) -> Peak:
+    """The memory of an arm that has run before, as allocated, in this process."""
+    return Peak((probe.pool_peak if arm.backend == "gpu" else traced_peak)(arm.run), None)
 
 
 def traced_peak(run: Callable[[], None]) -> int:
@@ -166,7 +216,7 @@ def _resident_bytes(name: str) -> int:
 
 
 def memory_peak(workload: Workload, merge: Merge, way: str, *, backend: str | None, threads: int | None) -> Peak:
-    """The memory of one arm in a process of its own, where nothing else has been allocated before."""
+    """The memory of one arm on the CPU, in a process of its own, where nothing else has been allocated before."""
     root = str(Path(fo.__file__).parent.parent)
     # Arrays come from the system and return to it at once, so that resident memory shows them; else the C library keeps
     # those of the first call for the second.
@@ -216,6 +266,11 @@ class Limits(NamedTuple):
 def limits(dtype: str, threads: int) -> Limits:
     """Measured now. Other programs can only lower it, so the larger of several measurements is the truer one."""
     return Limits(cpu.fma_peak(threads, dtype), cpu.copy_bandwidth(threads, BANDWIDTH_BYTES))
+
+
+def gpu_machine() -> dict[str, Any]:
+    """What the figures of the gpu backend were measured on. Its FLOP rate is not measured."""
+    return gpu.facts() | {"bandwidth": probe.copy_bandwidth()}
 
 
 def machine(threads: int, *measured: Limits) -> dict[str, Any]:

@@ -37,9 +37,14 @@ def draw(rows: Sequence[Row], out: Path) -> None:
         for panel, (title, value, label) in zip(line, PANELS, strict=True):
             _bars(panel, chosen, [value(row) for row in chosen], label)
             panel.set_title(title, fontsize="medium", loc="left")
-        line[0].set_yticks(range(len(chosen)), [f"{row.merge}, {row.way}" for row in chosen])
+        line[0].set_yticks(range(len(chosen)), [f"{row.merge}, {row.way}{_on(row, chosen)}" for row in chosen])
         line[0].set_ylabel(workload)
     figure.savefig(out, dpi=DOTS_PER_INCH)
+
+
+def _on(row: Row, rows: Sequence[Row]) -> str:
+    """Where a row ran, if not all of them ran there."""
+    return f", {row.backend}" if len({each.backend for each in rows}) > 1 else ""
 
 
 def _bars(panel: Axes, rows: Sequence[Row], values: Sequence[float], label: Callable[[float], str]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import groupby
 from typing import Any
@@ -25,7 +25,8 @@ class Row:
 
     params, flops, bytes_moved   counted, see `fusionops.cost`
     peak_bytes, peak_rss_bytes   the most memory a call holds besides maps, parameters and result, see `measure.Peak`
-    rounds_s   seconds of a call in each round; round i of every row ran side by side
+    rounds_s   seconds of a call in each round, on a GPU the device's; round i of every row ran side by side
+    host_rounds_s   on a GPU, seconds until the call returned, which waits for nothing; None where it returns when done
     """
 
     workload: str
@@ -38,10 +39,21 @@ class Row:
     peak_rss_bytes: int | None
     rounds_s: tuple[float, ...]
     kernel: str
+    backend: str = "cpu"
+    host_rounds_s: tuple[float, ...] | None = None
 
     @property
     def seconds(self) -> float:
         return statistics.median(self.rounds_s)
+
+    @property
+    def device_seconds(self) -> float | None:
+        """None on the CPU, which is the host."""
+        return None if self.host_rounds_s is None else self.seconds
+
+    @property
+    def host_seconds(self) -> float:
+        return self.seconds if self.host_rounds_s is None else statistics.median(self.host_rounds_s)
 
     @property
     def gflops(self) -> float:
@@ -51,12 +63,14 @@ class Row:
     def arm(self) -> tuple[str, str]:
         return self.merge, self.way
 
-    def shares(self, machine: Mapping[str, Any]) -> tuple[float, float]:
-        """Of the peak FLOP rate and of the copy bandwidth that were measured in the same run."""
-        return (
-            self.flops / self.seconds / machine["peak_flops"],
-            self.bytes_moved / self.seconds / machine["bandwidth"],
-        )
+    def peak_share(self, machine: Mapping[str, Any]) -> float:
+        """Of the CPU's peak FLOP rate that was measured in the same run; that of a GPU is not measured."""
+        return float(self.flops / self.seconds / machine["peak_flops"])
+
+    def bandwidth_share(self, machine: Mapping[str, Any]) -> float:
+        """Of the copy bandwidth of the backend's memory that was measured in the same run."""
+        memory = machine["gpu"] if self.backend == "gpu" else machine
+        return float(self.bytes_moved / self.seconds / memory["bandwidth"])
 
 
 def quantity(value: float) -> str:
@@ -114,64 +128,136 @@ def _times(numbers: Sequence[int]) -> str:
 
 def describe_machine(machine: Mapping[str, Any]) -> str:
     """The machine and the most it did in this run."""
-    return (
+    cpu = (
         f"{machine['processor']}, {machine['threads']} of {machine['cores']} cores, "
         f"{8 * machine['vector_bytes']} bit vectors\n"
         f"measured now: peak {digits(machine['peak_flops'] / 1e9)} GFLOP/s, "
         f"copying {digits(machine['bandwidth'] / 1e9)} GB/s"
     )
+    if "gpu" not in machine:
+        return cpu
+    gpu = machine["gpu"]
+    return f"{cpu}\n{gpu['gpu']}: copying {digits(gpu['bandwidth'] / 1e9)} GB/s"
+
+
+UNKNOWN = "-"
+Column = tuple[str, Callable[[Row], str]]
 
 
 def four_ways(rows: Sequence[Row], machine: Mapping[str, Any]) -> Table:
-    """The table of `fusionops compare`: one line for each merge and way."""
-    names = ("params", "GFLOP", "moved\nMiB", "extra\nMiB", "RSS\nMiB", "time\nms", "GFLOP\n/s", "peak\n%", "mem\n%")
-    table = _table(("merge", "way"), names)
-    for row in rows:
-        peak, memory = row.shares(machine)
-        table.add_row(
-            row.merge,
-            row.way,
-            quantity(row.params),
-            digits(row.flops / 1e9),
-            digits(row.bytes_moved / MIB),
-            digits(row.peak_bytes / MIB),
-            "-" if row.peak_rss_bytes is None else digits(row.peak_rss_bytes / MIB),
-            digits(row.seconds * 1e3),
-            digits(row.gflops),
-            f"{100 * peak:.0f}",
-            f"{100 * memory:.0f}",
-        )
-    return table
+    """The table of `fusionops compare`: one line for each backend, merge and way."""
+    on_gpu = any(row.backend == "gpu" for row in rows)
+    left: list[Column] = [*_backend(rows), ("merge", lambda row: row.merge), ("way", lambda row: row.way)]
+    right: list[Column] = [
+        ("params", lambda row: quantity(row.params)),
+        ("GFLOP", lambda row: digits(row.flops / 1e9)),
+        ("moved\nMiB", lambda row: digits(row.bytes_moved / MIB)),
+        ("extra\nMiB", lambda row: digits(row.peak_bytes / MIB)),
+    ]
+    if on_gpu:  # in the room of what is measured on the CPU alone: resident memory, and the share of its peak
+        right += [("device\nms", _device_milliseconds), ("host\nms", _host_milliseconds)]
+    else:
+        right += [("RSS\nMiB", _resident), ("time\nms", _milliseconds)]
+    right.append(("GFLOP\n/s", lambda row: digits(row.gflops)))
+    if not on_gpu:
+        right.append(("peak\n%", lambda row: f"{100 * row.peak_share(machine):.0f}"))
+    right.append(("mem\n%", lambda row: f"{100 * row.bandwidth_share(machine):.0f}"))
+    return _filled(left, right, rows)
 
 
-def legend(rounds: int) -> str:
+def legend(rounds: int, on_gpu: bool = False) -> str:
+    memory, time = (GPU_MEMORY, f"{GPU_TIME} Both") if on_gpu else (MEMORY, "time")
     return (
-        "moved: every array once, counted. extra, RSS: the most memory a call holds beside maps, filters and result, "
-        "as allocated and as resident. peak, mem: shares of the FLOP rate and the copy rate above; "
-        "GFLOP counts every tap, so Winograd, which multiplies less, may pass 100 %. "
-        f"time: median of {rounds} interleaved rounds, filters packed beforehand."
+        f"moved: every array once, counted. {memory} GFLOP counts every tap, so Winograd, which multiplies less, may "
+        f"pass 100 %. {time}: median of {rounds} interleaved rounds, filters packed beforehand."
     )
 
 
+MEMORY = (
+    "extra, RSS: the most memory a call holds beside maps, filters and result, as allocated and as resident. "
+    "peak, mem: shares of the FLOP rate and the copy rate above;"
+)
+GPU_MEMORY = (
+    "extra: the most memory a call holds beside maps, filters and result, as allocated. "
+    "mem: share of the copy rate above."
+)
+GPU_TIME = (
+    "device: the GPU's time for a call, its caches cold. host: until the call returned, on a GPU before it is done."
+)
+
+
 def fused_or_not(rows: Sequence[Row], machine: Mapping[str, Any]) -> Table:
-    """The table of `fusionops bench`: one line for each workload and merge."""
-    names = ("fused\nms", "stored\nms", "speed", "extra\nMiB", "stored\nMiB", "GFLOP\n/s", "peak\n%")
-    table = _table(("workload", "merge"), names)
-    arms = {(row.workload, *row.arm): row for row in rows}
-    for fused in rows:
-        stored = arms.get((fused.workload, fused.merge, "materialised"))
-        if fused.way == "fused":
-            table.add_row(
-                fused.workload,
-                fused.merge,
-                digits(fused.seconds * 1e3),
-                "-" if stored is None else digits(stored.seconds * 1e3),
-                "-" if stored is None else f"{stored.seconds / fused.seconds:.2f}×",
-                digits(fused.peak_bytes / MIB),
-                "-" if stored is None else digits(stored.peak_bytes / MIB),
-                digits(fused.gflops),
-                f"{100 * fused.shares(machine)[0]:.0f}",
-            )
+    """The table of `fusionops bench`: one line for each workload, backend and merge."""
+    arms = {(row.workload, row.backend, *row.arm): row for row in rows}
+
+    def stored(value: Callable[[Row], str]) -> Callable[[Row], str]:
+        """Of the materialised way, where it is another."""
+
+        def of(fused: Row) -> str:
+            row = arms.get((fused.workload, fused.backend, fused.merge, "materialised"))
+            return UNKNOWN if row is None else value(row)
+
+        return of
+
+    def speed(fused: Row) -> str:
+        return stored(lambda row: f"{row.seconds / fused.seconds:.2f}×")(fused)
+
+    def extra(row: Row) -> str:
+        return digits(row.peak_bytes / MIB)
+
+    left: list[Column] = [("workload", lambda row: row.workload), *_backend(rows), ("merge", lambda row: row.merge)]
+    memory: list[Column] = [("extra\nMiB", extra), ("stored\nMiB", stored(extra))]
+    if any(row.backend == "gpu" for row in rows):
+        right: list[Column] = [
+            ("device\nms", _device_milliseconds),
+            ("stored\nms", stored(_device_milliseconds)),
+            ("host\nms", _host_milliseconds),
+            ("stored\nms", stored(_host_milliseconds)),
+            ("speed", speed),
+            *memory,
+        ]
+    else:
+        right = [
+            ("fused\nms", _milliseconds),
+            ("stored\nms", stored(_milliseconds)),
+            ("speed", speed),
+            *memory,
+            ("GFLOP\n/s", lambda row: digits(row.gflops)),
+            ("peak\n%", lambda row: f"{100 * row.peak_share(machine):.0f}"),
+        ]
+    return _filled(left, right, [row for row in rows if row.way == "fused"])
+
+
+def bench_legend(on_gpu: bool) -> str:
+    text = "stored: the same, with every map between the merge and the result stored."
+    return f"{text} {GPU_TIME} speed: by the device's time, where there is one." if on_gpu else text
+
+
+def _backend(rows: Iterable[Row]) -> list[Column]:
+    """The column of the backends, where there is more than one."""
+    return [("back\nend", lambda row: row.backend)] if len({row.backend for row in rows}) > 1 else []
+
+
+def _resident(row: Row) -> str:
+    return UNKNOWN if row.peak_rss_bytes is None else digits(row.peak_rss_bytes / MIB)
+
+
+def _milliseconds(row: Row) -> str:
+    return digits(row.seconds * 1e3)
+
+
+def _host_milliseconds(row: Row) -> str:
+    return digits(row.host_seconds * 1e3)
+
+
+def _device_milliseconds(row: Row) -> str:
+    return UNKNOWN if row.device_seconds is None else digits(row.device_seconds * 1e3)
+
+
+def _filled(left: Sequence[Column], right: Sequence[Column], rows: Iterable[Row]) -> Table:
+    table = _table((name for name, _ in left), (name for name, _ in right))
+    for row in rows:
+        table.add_row(*(cell(row) for _, cell in (*left, *right)))
     return table
 
 
@@ -205,10 +291,18 @@ def _table(left: Iterable[str], right: Iterable[str]) -> Table:
     return table
 
 
-def sentences(rows: Sequence[Row]) -> tuple[str, str]:
-    """What adding saves over concatenating, and what fusing saves, as far as `rows` say; losses are named as losses."""
-    arms = {row.arm: row for row in rows}
-    return _add_over_concat(arms), _fused_over_materialised(arms)
+def sentences(rows: Sequence[Row]) -> tuple[str, ...]:
+    """What adding saves over concatenating, and what fusing saves, as far as `rows` say; losses are named as losses.
+
+    Of each backend; named where it is not the CPU alone.
+    """
+    said: list[str] = []
+    backends = list(dict.fromkeys(row.backend for row in rows))
+    for backend in backends:
+        arms = {row.arm: row for row in rows if row.backend == backend}
+        name = "" if backends == ["cpu"] else "gpu, by the device's time: " if backend == "gpu" else f"{backend}: "
+        said += (name + _add_over_concat(arms), name + _fused_over_materialised(arms))
+    return tuple(said)
 
 
 def _add_over_concat(arms: Mapping[tuple[str, str], Row]) -> str:
@@ -241,10 +335,6 @@ def _percent(part: float, whole: float) -> str:
     return f"{100 * part / whole:.0f} %"
 
 
-def _milliseconds(row: Row) -> str:
-    return digits(row.seconds * 1e3)
-
-
 def _memory(fused: Row, materialised: Row) -> str:
     saved = materialised.peak_bytes - fused.peak_bytes
     if saved == 0:
@@ -269,7 +359,8 @@ def _speed(row: Row, other: Row) -> str:
 
 def as_json(rows: Sequence[Row], machine: Mapping[str, Any]) -> str:
     """The rows and the machine they were measured on."""
-    listed = [asdict(row) | {"seconds": row.seconds, "gflops": row.gflops} for row in rows]
+    computed = ("seconds", "device_seconds", "host_seconds", "gflops")
+    listed = [asdict(row) | {name: getattr(row, name) for name in computed} for row in rows]
     return json.dumps({"rows": listed, "machine": dict(machine)}, indent=2)
 
 
@@ -278,9 +369,11 @@ def from_json(text: str) -> list[Row]:
     names = {field.name for field in fields(Row)}
     try:
         listed = json.loads(text)["rows"]
-        return [
-            Row(**{name: value for name, value in row.items() if name in names} | {"rounds_s": tuple(row["rounds_s"])})
-            for row in listed
-        ]
+        return [_row({name: value for name, value in row.items() if name in names}) for row in listed]
     except (KeyError, TypeError, AttributeError) as problem:
         raise ValueError("the text has no rows of as_json") from problem
+
+
+def _row(values: dict[str, Any]) -> Row:
+    host = values.get("host_rounds_s")
+    return Row(**values | {"rounds_s": tuple(values["rounds_s"]), "host_rounds_s": host and tuple(host)})
