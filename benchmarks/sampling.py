@@ -5,7 +5,7 @@ Independent of the library: NumPy, one position at a time, in float64, where sma
 
 import numpy as np
 
-from fusionops.compare.instance import build, explain, small_integers
+from fusionops.compare.instance import build, explain, small_integers, to_numpy
 from fusionops.compare.workloads import Workload
 from fusionops.spec import Merge, same_padding
 
@@ -14,24 +14,25 @@ REWRITES = ("winograd", "commuted")  # in the names of kernels
 QUARTER = 0.25  # of the distance of one integer from the next
 
 
-def assert_exact(workload: Workload, merge: Merge, run) -> None:
-    """`run(instance)` must write exactly what the equation says at the corners and some other positions.
+def assert_exact(workload: Workload, merge: Merge, run, backend: str = "cpu") -> None:
+    """`run(instance)` on a backend must write exactly what the equation says at the corners and some other positions.
 
     A kernel that forms other products than the equation's rounds them; it must come within a QUARTER of the integer.
     Activations that are not exact on integers are left out: the tests of the kernels bound them.
     """
-    explanation = explain(workload, merge)
+    explanation = explain(workload, merge, backend)
     spec, rewrites = explanation.spec, any(word in explanation.kernel for word in REWRITES)
-    instance = build(workload, small_integers(), None)
-    out = instance.outs[merge]
-    out.fill(np.nan)
+    instance = build(workload, small_integers(), backend)
+    instance.outs[merge].fill(np.nan)
     run(instance)
+    out = to_numpy(instance.outs[merge])
+    numbers = instance if backend == "cpu" else build(workload, small_integers(), "cpu")  # the same, in NumPy
     rng = np.random.default_rng(1)
     extents = spec.out_shape[:-1]
     corners = [[0] * len(extents), [extent - 1 for extent in extents]]
     for position in [*corners, *(rng.integers(extents) for _ in range(POSITIONS))]:
         position = tuple(int(index) for index in position)
-        actual, right = out[position], expected(instance, merge, position)
+        actual, right = out[position], expected(numbers, merge, position)
         if rewrites:
             assert (np.abs(actual - right) <= QUARTER).all(), (workload.name, position)
         else:

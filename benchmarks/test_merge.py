@@ -1,4 +1,4 @@
-"""Add against concat, each fused and materialised, on layers of known networks; NumPy beside them where it has the op.
+"""Add against concat, fused and materialised, on layers of known networks, on each backend; NumPy where it has the op.
 
 Every arm is proved before it is timed: exactly on integers at sampled positions, and bit for bit against the fused one.
 """
@@ -39,15 +39,22 @@ NAMES = (
 )
 
 
-def ways(workload):
+def ways(workload, backend):
     yield FUSED
     if workload.ways_differ:
         yield MATERIALISED
-    if workload.K is None:
+    if workload.K is None and backend == "cpu":
         yield NUMPY
 
 
-ARMS = [(name, merge, way) for name in NAMES for merge in WORKLOADS[name].merges for way in ways(WORKLOADS[name])]
+ARMS = [
+    (name, merge, way, backend)
+    for name in NAMES
+    for backend in ("cpu", "gpu")
+    for merge in WORKLOADS[name].merges
+    for way in ways(WORKLOADS[name], backend)
+]
+PARAMETERS = [pytest.param(*arm, id="-".join(arm), marks=pytest.mark.gpu if arm[-1] == "gpu" else ()) for arm in ARMS]
 EXACT = ("relu", None)
 
 
@@ -71,13 +78,13 @@ RUNS = {
 
 
 @lru_cache(maxsize=1)
-def instance_of(name):
+def instance_of(name, backend):
     """The arrays of a workload; only the latest are kept."""
-    return build(WORKLOADS[name], normal_numbers(), None)
+    return build(WORKLOADS[name], normal_numbers(), backend)
 
 
-def arm_of(name, merge, way):
-    instance = instance_of(name)
+def arm_of(name, merge, way, backend):
+    instance = instance_of(name, backend)
     arms = {(arm.merge, arm.way): arm for arm in measure.arms(instance)}
     fused = arms[merge, FUSED]
     if way == NUMPY:
@@ -86,11 +93,11 @@ def arm_of(name, merge, way):
 
 
 @pytest.mark.benchmark(min_rounds=5, max_time=0.4, disable_gc=True)
-@pytest.mark.parametrize(("name", "merge", "way"), ARMS, ids=["-".join(arm) for arm in ARMS])
-def test_merge(record, name, merge, way):
+@pytest.mark.parametrize(("name", "merge", "way", "backend"), PARAMETERS)
+def test_merge(record, name, merge, way, backend):
     workload = WORKLOADS[name]
     exact = workload if workload.activation in EXACT else replace(workload, activation=None)
-    assert_exact(exact, merge, lambda instance: RUNS[way](instance, merge))
-    arm = arm_of(name, merge, way)
-    assert measure.differences([arm_of(name, merge, FUSED), arm]) == []
-    record(workload, arm, measure.traced_peak(arm.run))
+    assert_exact(exact, merge, lambda instance: RUNS[way](instance, merge), backend)
+    arm = arm_of(name, merge, way, backend)
+    assert measure.differences([arm_of(name, merge, FUSED, backend), arm]) == []
+    record(workload, arm, measure.allocated_peak(arm).traced)

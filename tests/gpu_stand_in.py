@@ -16,7 +16,7 @@ from gpu_on_host import HostRuntime
 from fusionops import dispatch
 from fusionops.gpu import host, module, probe
 
-LAUNCH_NS = 500_000  # of the device for each kernel
+LAUNCH_NS = 5_000_000  # of the device for each kernel: more than the host needs for the small ones of tests
 ARRAY_BYTES = 1 << 16  # in place of those that pass every cache
 
 
@@ -29,6 +29,12 @@ class FakeCupyRuntime(HostRuntime):
 
     def address(self, array):
         return array.data.ptr
+
+    def wait(self):
+        super().wait()
+        now = cp.Event()
+        now.record()
+        now.synchronize()
 
 
 def forget() -> None:
