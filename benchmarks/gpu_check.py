@@ -123,18 +123,33 @@ def check_kernels(report: dict[str, Any], problems: tuple[Problem, ...] = EVERY)
 def check_primitives(report: dict[str, Any]) -> None:
     import cupy
 
-    compiled = cupy.RawModule(
-        code=primitive_checks.source(), options=module.FLAGS, name_expressions=primitive_checks.NAMES
-    )
+    def launch_of(code: str, options: tuple[str, ...], names: tuple[str, ...]) -> primitive_checks.Launch:
+        compiled = cupy.RawModule(code=code, options=options, name_expressions=names)
 
-    def launch(name: str, blocks: int, threads: int, arrays: tuple[Any, ...], shared_bytes: int) -> None:
-        on_device = [cupy.asarray(_bits(array)) for array in arrays]
-        compiled.get_function(name)((blocks,), (threads,), tuple(on_device), shared_mem=shared_bytes)
-        for array, result in zip(arrays, on_device, strict=True):
-            _bits(array)[...] = cupy.asnumpy(result)
+        def launch(name: str, blocks: int, threads: int, arguments: tuple[Any, ...], shared_bytes: int) -> None:
+            function, given, copies = compiled.get_function(name), [], []
+            for each in arguments:
+                array = each.array if isinstance(each, primitive_checks.Boxes) else each
+                if isinstance(array, np.generic):
+                    given.append(array)
+                    continue
+                copies.append((array, cupy.asarray(_bits(array))))
+                there = copies[-1][1]
+                given.append(each.tensor_map(module.runtime(), there.data.ptr) if array is not each else there)
+            if shared_bytes > module.BLOCK_SHARED_BYTES:
+                function.max_dynamic_shared_size_bytes = shared_bytes
+            function((blocks,), (threads,), tuple(given), shared_mem=shared_bytes)
+            for array, there in copies:
+                _bits(array)[...] = cupy.asnumpy(there)
+
+        return launch
 
     try:
-        primitive_checks.check_all(launch)
+        primitive_checks.check_all(launch_of(primitive_checks.source(), module.FLAGS, primitive_checks.NAMES))
+        if gpu.device().capability == (9, 0):
+            code = primitive_checks.source(primitive_checks.HOPPER_SOURCE)
+            options = module.FLAGS + module.ARCHITECTURES["sm90.cu"]
+            primitive_checks.check_hopper(launch_of(code, options, primitive_checks.HOPPER_NAMES))
         report["primitives"] = {"failures": []}
     except AssertionError as error:
         report["primitives"] = {"failures": [str(error)]}

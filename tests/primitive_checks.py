@@ -6,6 +6,7 @@ Tests run them on the host, `benchmarks/gpu_check.py` on a GPU; PTX and its stan
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 
 from fusionops.gpu import module
 
-SOURCE = Path(__file__).parent / "primitives.cu"
+SOURCE, HOPPER_SOURCE = (Path(__file__).parent / name for name in ("primitives.cu", "primitives_sm90.cu"))
 FORMATS = {"f16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
 NAMES = (
     "rounded_arithmetic",
@@ -24,14 +25,35 @@ NAMES = (
 )
 THREADS = 256
 
+HOPPER_FILTERS = (64, 128, 256)
+HOPPER_NAMES = (
+    *(f"box_product<{kind}, {filters}>" for kind in FORMATS for filters in HOPPER_FILTERS),
+    *(f"stored_product<{kind}>" for kind in FORMATS),
+)
+
+
+@dataclass(frozen=True)
+class Boxes:
+    """Stands for an argument: the tensor map of an array; `shape` of the boxes, the array's last axis first."""
+
+    array: np.ndarray[Any, Any]
+    shape: tuple[int, ...]
+
+    def tensor_map(self, runtime: module.Runtime, address: int) -> np.ndarray[Any, Any]:
+        extents, steps = self.array.shape[::-1], self.array.strides[-2::-1]
+        map_ = runtime.tensor_map(self.array.dtype.name, address, extents, steps, self.shape)
+        return np.frombuffer(map_, np.dtype(f"V{len(map_)}"))
+
+
 # launch(name, blocks, threads, arrays, shared bytes): runs a kernel on the arrays, which it may write.
-Launch = Callable[[str, int, int, tuple[np.ndarray[Any, Any], ...], int], None]
+Launch = Callable[[str, int, int, tuple[Any, ...], int], None]
 
 
-def source() -> str:
+def source(of: Path = SOURCE) -> str:
     """The kernels with the backend's headers in place."""
-    first, *rest = SOURCE.read_text(encoding="utf-8").split('#include "common.cuh"')
-    return first + module.read_source("common.cuh") + "".join(rest)
+    header = "common.cuh" if of == SOURCE else "primitives_sm90.cuh"
+    first, *rest = of.read_text(encoding="utf-8").split(f'#include "{header}"')
+    return first + module.read_source(header) + "".join(rest)
 
 
 def check_all(launch: Launch) -> None:
@@ -123,6 +145,35 @@ def check_tf32(launch: Launch) -> None:
     sums = c.astype(np.float32)
     launch("tf32_product", 1, 32, (a.astype(np.float32), b.astype(np.float32), sums), 16 * 8 * 4)
     np.testing.assert_array_equal(sums, a @ b + c)
+
+
+def check_hopper(launch: Launch) -> None:
+    for kind in FORMATS:
+        check_stored_product(launch, kind)
+        for filters in HOPPER_FILTERS:
+            check_box_product(launch, kind, filters)
+
+
+def check_stored_product(launch: Launch, kind: str) -> None:
+    rng = np.random.default_rng(5)
+    a, sums = rng.integers(-8, 9, (64, 64)), np.full((64, 64), np.nan, np.float32)
+    launch(f"stored_product<{kind}>", 1, 128, (a.astype(FORMATS[kind]), sums), 64 * 64 * 2)
+    np.testing.assert_array_equal(sums, a @ a.T)
+
+
+def check_box_product(launch: Launch, kind: str, filters: int) -> None:
+    """Boxes that reach over every edge of their tensors, where they must be 0."""
+    rng = np.random.default_rng(6)
+    c, k = 24, 5
+    x, w = rng.integers(-8, 9, (2, 5, 2, 72)), rng.integers(-8, 9, (3, 40, 72))
+    sums = np.full((64, filters), np.nan, np.float32)
+    arrays = Boxes(x.astype(FORMATS[kind]), (64, 4, 8, 2)), Boxes(w.astype(FORMATS[kind]), (64, filters, 1))
+    shared_bytes = (64 + filters) * 64 * 2 + 8
+    launch(f"box_product<{kind}, {filters}>", 1, 128, (*arrays, sums, np.int32(c), np.int32(k)), shared_bytes)
+    a, b = np.zeros((2, 8, 4, 64), int), np.zeros((filters, 64), int)
+    a[:, 1:6, 1:3, : 72 - c] = x[:, :, :, c:]
+    b[: 40 - k, : 72 - c] = w[1, k:, c:]
+    np.testing.assert_array_equal(sums, a.reshape(64, 64) @ b.T)
 
 
 def _same(found: np.ndarray[Any, Any], expected: np.ndarray[Any, Any]) -> None:

@@ -6,6 +6,7 @@ import os
 from collections import ChainMap
 from concurrent.futures import ThreadPoolExecutor
 
+import primitive_checks
 import pytest
 from gpu_on_host import SYMBOLS
 from host_cuda.nvrtc import compile_cubin
@@ -37,6 +38,18 @@ def test_registers_are_within_budget_and_none_spill(source, arch):
         if found.registers > budget or found.spill_stores or found.spill_loads or found.shared
     }
     assert over == {}
+
+
+@pytest.mark.parametrize(
+    ("source", "names", "arch"),
+    [
+        (primitive_checks.SOURCE, primitive_checks.NAMES, "sm_80"),
+        (primitive_checks.HOPPER_SOURCE, primitive_checks.HOPPER_NAMES, "sm_90a"),
+    ],
+)
+def test_the_kernels_that_check_primitives_on_a_device_compile(source, names, arch):
+    kernels = compile_cubin(primitive_checks.source(source), arch, module.FLAGS, names).kernels
+    assert set(kernels) == set(names)
 
 
 def test_every_file_of_the_backend_is_compiled():

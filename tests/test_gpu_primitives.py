@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import primitive_checks
 import pytest
-from gpu_on_host import host_flags
+from gpu_on_host import HostRuntime, host_flags
 from host_cuda.module import HostModule
+from primitive_checks import HOPPER_SOURCE, Boxes
 
 
 @pytest.fixture(scope="module")
@@ -17,6 +18,34 @@ def launch():
         module.get_function(name)((blocks,), (threads,), arrays, shared_mem=shared_bytes)
 
     return run
+
+
+@pytest.fixture(scope="module")
+def launch_on_hopper():
+    runtime = HostRuntime()
+    module = HostModule(primitive_checks.source(HOPPER_SOURCE), host_flags(), primitive_checks.HOPPER_NAMES)
+
+    def run(name, blocks, threads, arguments, shared_bytes):
+        function = module.get_function(name)
+        function.max_dynamic_shared_size_bytes = shared_bytes
+        given = tuple(
+            each.tensor_map(runtime, runtime.address(each.array)) if isinstance(each, Boxes) else each
+            for each in arguments
+        )
+        function((blocks,), (threads,), given, shared_mem=shared_bytes)
+
+    return run
+
+
+@pytest.mark.parametrize("kind", primitive_checks.FORMATS)
+def test_products_of_what_threads_stored(launch_on_hopper, kind):
+    primitive_checks.check_stored_product(launch_on_hopper, kind)
+
+
+@pytest.mark.parametrize("filters", primitive_checks.HOPPER_FILTERS)
+@pytest.mark.parametrize("kind", primitive_checks.FORMATS)
+def test_products_of_boxes(launch_on_hopper, kind, filters):
+    primitive_checks.check_box_product(launch_on_hopper, kind, filters)
 
 
 def test_arithmetic_rounds_once(launch):
