@@ -31,7 +31,8 @@ __global__ void rounded_to_tf32(const float* x, u32* y) {
 
 // One warp: c (16×8) = a (16×8) · b (8×8) + c in TF32, a through shared memory, all row by row.
 __global__ void tf32_product(const float* a, const float* b, float* c) {
-    FUSIONOPS_SHARED(float, shared);
+    FUSIONOPS_SHARED(unsigned char, memory);
+    float* const shared = reinterpret_cast<float*>(memory);
     const int lane = threadIdx.x;
     copy_async(shared + lane * 4, a + lane * 4, 16);
     copy_commit();
@@ -48,7 +49,8 @@ __global__ void tf32_product(const float* a, const float* b, float* c) {
 
 // One warp: c (16×8) = a (16×16) · b (16×8) + c, both copied to shared memory, all row by row.
 template <class T> __global__ void tile_product(const T* a, const T* b, float* c) {
-    FUSIONOPS_SHARED(T, shared);
+    FUSIONOPS_SHARED(unsigned char, memory);
+    T* const shared = reinterpret_cast<T*>(memory);
     const int lane = threadIdx.x;
     T* const here_b = shared + 16 * 16;
     copy_async(shared + lane * 8, a + lane * 8, 16);

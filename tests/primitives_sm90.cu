@@ -6,7 +6,8 @@
 template <class T, int N>
 __global__ void box_product(const __grid_constant__ TensorMap map, const __grid_constant__ TensorMap filters, float* sums,
                             int c, int k) {
-    FUSIONOPS_SHARED(T, shared);
+    FUSIONOPS_SHARED(unsigned char, memory);
+    T* const shared = reinterpret_cast<T*>(memory);
     T* const b = shared + 64 * 64;
     u64* const barrier = reinterpret_cast<u64*>(b + N * 64);
     const int t = threadIdx.x;
@@ -39,7 +40,8 @@ __global__ void box_product(const __grid_constant__ TensorMap map, const __grid_
 
 // Threads store 64 rows of 64 numbers as boxes lie, and products read them: sums (64×64) = a · aᵀ.
 template <class T> __global__ void stored_product(const T* a, float* sums) {
-    FUSIONOPS_SHARED(T, shared);
+    FUSIONOPS_SHARED(unsigned char, memory);
+    T* const shared = reinterpret_cast<T*>(memory);
     const int t = threadIdx.x;
     if (t < 64)
         for (int piece = 0; piece < 8; ++piece)

@@ -1,7 +1,7 @@
 // The instructions of Hopper, compute capability 9.0, each with the plain C++ that stands for it on the host: barriers in
 // shared memory, copies of boxes of a tensor, and products of a warpgroup. As primitives.cuh; nothing else holds PTX.
 #pragma once
-#include "primitives.cuh"
+#include "common.cuh"
 
 // A tensor in global memory of which boxes are copied: on a device what the driver makes of it.
 struct alignas(64) TensorMap {
