@@ -12,7 +12,7 @@ import pytest
 from gpu_stand_in import LAUNCH_NS, usable_gpu
 from test_measure import SMALL_WORKLOADS
 
-from fusionops.compare import cli, commands, measure, report
+from fusionops.compare import cli, commands, measure, report, selftest
 from fusionops.compare.instance import Instance, build, normal_numbers, small_integers, to_numpy
 from fusionops.compare.measure import FUSED, MATERIALISED, Arm, Peak
 from fusionops.spec import Merge
@@ -246,3 +246,11 @@ def test_plot_names_the_backends(gpu, monkeypatch, tmp_path):
     assert cli.main(["plot", str(path), "--out", str(tmp_path / "figures.svg")]) == 0
     drawn = (tmp_path / "figures.svg").read_text()
     assert all(f"{merge}, {way}, {backend}" in drawn for backend, merge, way in BOTH)
+
+
+def test_the_self_test_runs_on_the_gpu(gpu):
+    """Every kind of problem: arrays are brought to the GPU, and results back."""
+    results = [selftest.run(problem, "gpu") for problem in selftest.EXACT_PROBLEMS[::29]]
+    assert [str(result) for result in results if result.problem] == []
+    kernels = {result.kernel.removeprefix("gpu.").split("_fprop_")[-1] for result in results}
+    assert {"igemm_f32", "igemm_f64", "stream_any", "igemm_sm80_bf16"} <= kernels

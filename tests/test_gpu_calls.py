@@ -84,6 +84,20 @@ def test_explain_names_the_kernel_of_the_gpu():
     assert fo.explain("add_conv", half, depthwise, groups=9).kernel == "gpu.add_conv_fprop_igemm_f16"
 
 
+@pytest.mark.parametrize("kept", [False, True])
+def test_wide_sixteen_bit_maps_run_on_hopper(runtime, kept):
+    """Filters are packed for each call, or once."""
+    x, y = integers(1, 5, 6, 64, dtype=np.float16), integers(1, 5, 6, 32, dtype=np.float16)
+    f = integers(3, 3, 96, 40, dtype=np.float16)
+    sources, filters = [cp.asarray(x), cp.asarray(y)], cp.asarray(f)
+    filters = fo.prepack(filters) if kept else filters
+    for _ in range(2):
+        result = fo.concat_conv(sources, filters, padding="same")
+        np.testing.assert_array_equal(cp.asnumpy(result), fo.concat_conv([x, y], f, padding="same"))
+    assert {name.split("<")[0] for name in runtime.launched} == {"conv_fprop_igemm_sm90"}
+    assert fo.explain("concat_conv", sources, filters).kernel == "gpu.concat_conv_fprop_igemm_sm90_f16"
+
+
 def test_a_failure_is_known_by_name_when_launches_are_waited_for(runtime, monkeypatch):
     fo.add([cp.asarray(X), cp.asarray(Y)])
     assert runtime.waited == 0

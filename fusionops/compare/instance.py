@@ -43,9 +43,17 @@ def library(backend: str | None) -> Any:
     return runtime().arrays
 
 
+def to_backend(array: np.ndarray[Any, Any], backend: str | None) -> Array:
+    """The array where a backend takes it: copied for a GPU, whatever its dtype means to CuPy."""
+    arrays = library(backend)
+    return array if arrays is np else arrays.asarray(array.view(f"u{array.itemsize}")).view(array.dtype)
+
+
 def to_numpy(array: Array) -> np.ndarray[Any, Any]:
     """The numbers of an array, which is copied if it lies on a GPU."""
-    return array if isinstance(array, np.ndarray) else np.asarray(library("gpu").asnumpy(array))
+    if isinstance(array, np.ndarray):
+        return array
+    return np.asarray(library("gpu").asnumpy(array.view(f"u{array.itemsize}"))).view(array.dtype)
 
 
 def explain(workload: Workload, merge: Merge, backend: str | None = None) -> Any:

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 
 import fusionops as fo
+from fusionops.compare.instance import to_backend, to_numpy
 from fusionops.errors import UnsupportedError
 from fusionops.kernel import Operands
 from fusionops.spec import Activation, Conv2d, Dense, FusionSpec, SourceSpec
-from fusionops.testing import EXACT_ACTIVATIONS, PROBLEMS, Problem, exact_operands
+from fusionops.testing import EXACT_ACTIVATIONS, PROBLEMS, Problem, exact_operands, map_operands
 
 
 def _is_exact(activation: Activation | None) -> bool:
@@ -49,15 +50,17 @@ def run(problem: Problem, backend: str) -> Result:
     """
     seed = zlib.crc32(problem.name.encode())
     operands = exact_operands(problem.spec, np.random.default_rng(seed))
-    op, arguments, options = call(problem.spec, operands)
+    there = map_operands(operands, lambda array: to_backend(array, backend))
+    op, arguments, options = call(problem.spec, there)
     try:
         kernel = fo.explain(op, *arguments, **options, backend=backend).kernel
     except UnsupportedError:
         return Result(problem.name, "")
     function = getattr(fo, op)
-    expected = _results(function(*arguments, **options, backend="reference"))
+    _, given, stated = call(problem.spec, operands)
+    expected = _results(function(*given, **stated, backend="reference"))
     try:
-        computed = _results(function(*arguments, **options, backend=backend))
+        computed = [to_numpy(array) for array in _results(function(*arguments, **options, backend=backend))]
     except Exception as failure:  # noqa: BLE001  whatever it is, it is a finding, and the other problems go on
         return Result(problem.name, kernel, f"{type(failure).__name__}: {failure}")
     for wanted, got in zip(expected, computed, strict=True):
