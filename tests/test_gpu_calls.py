@@ -87,8 +87,8 @@ def test_explain_names_the_kernel_of_the_gpu():
 @pytest.mark.parametrize("kept", [False, True])
 def test_wide_sixteen_bit_maps_run_on_hopper(runtime, kept):
     """Filters are packed for each call, or once."""
-    x, y = integers(1, 5, 6, 64, dtype=np.float16), integers(1, 5, 6, 32, dtype=np.float16)
-    f = integers(3, 3, 96, 40, dtype=np.float16)
+    x, y = integers(1, 5, 6, 64, dtype=np.float16), integers(1, 5, 6, 60, dtype=np.float16)
+    f = integers(3, 3, 124, 40, dtype=np.float16)
     sources, filters = [cp.asarray(x), cp.asarray(y)], cp.asarray(f)
     filters = fo.prepack(filters) if kept else filters
     for _ in range(2):
