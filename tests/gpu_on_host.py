@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from host_cuda.module import HostModule
 
-from fusionops.gpu import igemm, mma, module, sm90, stream
+from fusionops.gpu import grouped, igemm, mma, module, sm90, stream
 from fusionops.gpu.params import CAPACITIES
 
-SYMBOLS = {kernels.SOURCE: kernels.SYMBOLS for kernels in (stream, igemm, mma, sm90)}
+SYMBOLS = {kernels.SOURCE: kernels.SYMBOLS for kernels in (stream, igemm, mma, grouped, sm90)}
 TENSOR_MAP = np.dtype([
     ("base", "u8"), ("steps", "u8", 4), ("extents", "u4", 5), ("box", "u4", 5), ("rank", "u4"), ("bytes", "u4"),
     ("rest", "V40"),

@@ -25,7 +25,7 @@ def integers(*shape, dtype=np.float32, seed=0):
 
 X, Y, SMALL = integers(2, 6, 8, 9), integers(2, 6, 8, 9, seed=1), integers(2, 3, 4, 5, seed=2)
 F, G, B = integers(3, 3, 9, 7, seed=3), integers(3, 3, 14, 7, seed=4), integers(7, seed=5)
-MATRIX = integers(9, 4, seed=6)
+MATRIX, D = integers(9, 4, seed=6), integers(3, 3, 1, 9, seed=7)
 
 CALLS = {
     "add": lambda a: fo.add([a(X), a(Y)], weights=[2, 3], activation="relu"),
@@ -41,6 +41,7 @@ CALLS = {
     "nchw": lambda a: fo.add_conv(
         [a(X.transpose(0, 3, 1, 2))], a(F.transpose(3, 2, 0, 1)), layout="NCHW", strict=True
     ),
+    "depthwise": lambda a: fo.add_conv([a(X), a(Y)], a(D), groups=9, padding="same", activation="relu"),
     "add_dense": lambda a: fo.add_dense([a(X), a(Y)], a(MATRIX)),
     "float16_on_tensor_cores": lambda a: fo.concat_dense(
         [a(X.astype(np.float16)), a(Y.astype(np.float16))], a(np.concatenate([MATRIX, MATRIX]).astype(np.float16))
@@ -80,8 +81,27 @@ def test_explain_names_the_kernel_of_the_gpu():
     assert fo.explain("add", half).kernel == "gpu.add_fprop_stream_f16"
     few = cp.asarray(F.astype(np.float16))
     assert fo.explain("add_conv", half, few).kernel == "gpu.add_conv_fprop_igemm_f16"
-    depthwise = cp.asarray(integers(3, 3, 1, 9, dtype=np.float16))
-    assert fo.explain("add_conv", half, depthwise, groups=9).kernel == "gpu.add_conv_fprop_igemm_f16"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "groups", "depth", "algorithm"),
+    [
+        (np.float32, 64, 1, "grouped"),
+        (np.float16, 64, 1, "grouped"),
+        (np.float32, 16, 4, "grouped"),
+        (np.float16, 16, 4, "grouped"),
+        (np.float32, 1, 64, "igemm"),
+        (np.float32, 2, 64, "igemm"),
+        (np.float16, 2, 64, "igemm"),
+        (np.float16, 9, 1, "grouped"),
+    ],
+)
+def test_groups_of_few_filters_have_a_kernel_of_their_own(dtype, groups, depth, algorithm):
+    """And groups of many have none: their matrix products fill a tile."""
+    x = cp.asarray(integers(1, 8, 8, groups * depth, dtype=dtype))
+    filters = cp.asarray(integers(3, 3, depth, groups * depth, dtype=dtype))
+    chosen = fo.explain("add_conv", [x, x], filters, groups=groups).kernel
+    assert chosen.startswith(f"gpu.add_conv_fprop_{algorithm}_")
 
 
 @pytest.mark.parametrize("kept", [False, True])

@@ -12,10 +12,10 @@ from gpu_on_host import SYMBOLS
 from host_cuda.nvrtc import compile_cubin
 
 from fusionops.device import A100
-from fusionops.gpu import igemm, mma, module, sm90, stream
+from fusionops.gpu import grouped, igemm, mma, module, sm90, stream
 
 # Threads of a multiprocessor that registers must not keep from being resident: two blocks, of Hopper's kernel one.
-THREADS = {stream.SOURCE: 2 * 256, igemm.SOURCE: 2 * 256, mma.SOURCE: 2 * 256, sm90.SOURCE: sm90.THREADS}
+THREADS = {each.SOURCE: 2 * 256 for each in (stream, igemm, mma, grouped)} | {sm90.SOURCE: sm90.THREADS}
 CASES = [(source, arch) for source in SYMBOLS for arch in ("sm_80", "sm_90a") if (source, arch) != ("sm90.cu", "sm_80")]
 
 

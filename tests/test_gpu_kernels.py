@@ -27,7 +27,7 @@ from kernel_checks import (
 )
 
 from fusionops.device import GPU_PROFILES, H200
-from fusionops.gpu import KERNELS, igemm, mma, module, sm90, stream
+from fusionops.gpu import KERNELS, grouped, igemm, mma, module, sm90, stream
 from fusionops.kernel import Filters, Kernel, Operands
 from fusionops.problems import ALIGNED, ANY_ORDER, Problem, dense, join
 from fusionops.problems import PROBLEMS as ALL
@@ -91,7 +91,7 @@ def test_support_is_not_lost(problem):
         is_narrow = spec.dtype in ("float16", "bfloat16")
         on_tensor_cores = not spec.strict and (is_narrow or spec.precision == "tf32")
         on_hopper = on_tensor_cores and is_narrow and spec.layout is Layout.NHWC and spec.conv.groups == 1
-        assert len(able) == 1 + on_tensor_cores + on_hopper
+        assert len(able) == 1 + on_tensor_cores + on_hopper + (spec.conv.groups > 1)
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=attrgetter("name"))
@@ -226,6 +226,8 @@ def test_the_tile_does_not_change_bits(kernel, problem):
         configs = [sm90.with_tile(spec, filters, H200) for filters in sm90.FILTERS]
     elif kernel in mma.KERNELS:
         configs = [mma.with_tile(spec, filters) for filters in mma.FILTERS]
+    elif kernel in grouped.KERNELS:
+        configs = [grouped.with_blocks(spec, blocks) for blocks in {grouped.plan(spec, H200).blocks, 1, 3}]
     else:
         configs = [igemm.with_tile(spec, tile) for tile in igemm.TILES[igemm.computed_bytes(spec.dtype)]]
     assert kernel.plan(spec, H200) in configs
@@ -324,3 +326,4 @@ def test_the_last_symbol_has_a_problem_of_its_own():
     """Every instantiation that a plan can name is compiled; none is compiled that no plan names."""
     assert len(set(stream.SYMBOLS)) == len(stream.SYMBOLS)
     assert len(set(igemm.SYMBOLS)) == len(igemm.SYMBOLS)
+    assert len(set(grouped.SYMBOLS)) == len(grouped.SYMBOLS)

@@ -22,11 +22,12 @@ from fusionops.device import H200
 from fusionops.gpu import KERNELS, module
 from fusionops.problems import PROBLEMS
 from fusionops.testing import activation_bound, map_operands
+from test_gpu_grouped import IN_RUNS
 from test_gpu_kernels import ALIGNED, aligned_copy
 
 source, ran = sys.argv[1], 0
 with module.use(HostRuntime(sanitize=True)) as runtime:
-    for problem in (*ALIGNED[::3], *PROBLEMS[::9]):
+    for problem in (*ALIGNED[::3], *IN_RUNS[::3], *PROBLEMS[::9]):
         spec = problem.spec
         if len(spec.sources) > 4:
             continue  # HostRuntime compiles no more for the sanitizer
@@ -44,7 +45,7 @@ print(ran, "ran")
 """
 
 
-@pytest.mark.parametrize("source", ["stream.cu", "igemm.cu", "mma.cu", "sm90.cu"])
+@pytest.mark.parametrize("source", ["stream.cu", "igemm.cu", "mma.cu", "grouped.cu", "sm90.cu"])
 def test_nothing_outside_the_arrays_is_touched(source):
     paths = os.pathsep.join([str(TESTS.parent), str(TESTS)])
     done = subprocess.run(

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from fusionops.gpu import igemm, mma, sm90, stream
+from fusionops.gpu import grouped, igemm, mma, sm90, stream
 from fusionops.gpu.host import device, facts, reasons_unusable
 from fusionops.gpu.module import borrow, empty, on_device_of
 
 __all__ = ["KERNELS", "borrow", "device", "empty", "facts", "on_device_of", "reasons_unusable"]
 
-KERNELS = (*sm90.KERNELS, *mma.KERNELS, *igemm.KERNELS, *stream.KERNELS)
+KERNELS = (*grouped.KERNELS, *sm90.KERNELS, *mma.KERNELS, *igemm.KERNELS, *stream.KERNELS)

@@ -55,11 +55,15 @@ struct Weight {
     const void* vector;
 };
 
+// Of a weight that is not none.
+template <class T> __device__ __forceinline__ Wide<T> factor_of(const Weight& weight, i64 channel) {
+    if (weight.kind == WEIGHT_SCALAR) return Wide<T>(weight.number);
+    return widen(static_cast<const T*>(weight.vector)[channel]);
+}
+
 template <class T> __device__ __forceinline__ Wide<T> weighted(const Weight& weight, Wide<T> x, i64 channel) {
-    if constexpr (IsFloating<T>::value) {
-        if (weight.kind == WEIGHT_SCALAR) return merge_mul<T>(Wide<T>(weight.number), x);
-        if (weight.kind == WEIGHT_VECTOR) return merge_mul<T>(widen(static_cast<const T*>(weight.vector)[channel]), x);
-    }
+    if constexpr (IsFloating<T>::value)
+        if (weight.kind != WEIGHT_NONE) return merge_mul<T>(factor_of<T>(weight, channel), x);
     return x;
 }
 

@@ -63,15 +63,32 @@ template <int SOURCES> __device__ __forceinline__ i64 residual_offset(const Igem
     return p.residual.base ? offset_of(p.residual, at.n, at.p, at.q) : 0;
 }
 
-// Bias, residual and activation of one sum, and its store; k counts the filters of all groups.
+// The end of a sum, whose filter k counts those of all groups: bias, then residual and activation; where it is stored.
 template <class T, int SOURCES>
-__device__ __forceinline__ void finish(const IgemmParams<SOURCES>& p, i64 to, i64 residual, i64 k, Wide<T> y) {
-    if (p.bias) y = add_rn(y, widen(static_cast<const T*>(p.bias)[k]));
+__device__ __forceinline__ Wide<T> biased(const IgemmParams<SOURCES>& p, i64 k, Wide<T> y) {
+    return p.bias ? add_rn(y, widen(static_cast<const T*>(p.bias)[k])) : y;
+}
+template <class T, int SOURCES>
+__device__ __forceinline__ Wide<T> ended(const IgemmParams<SOURCES>& p, i64 residual, i64 k, Wide<T> y) {
     if (p.residual.base) {
         const Wide<T> x = widen(static_cast<const T*>(p.residual.base)[residual + k * p.residual.steps[3]]);
         y = add_rn(y, weighted<T>(p.residual.weight, x, k));
     }
-    static_cast<T*>(p.out)[to + k * p.out_steps[3]] = narrow<T>(activated<Wide<T>>(p.activation, p.slope, y));
+    return activated<Wide<T>>(p.activation, p.slope, y);
+}
+template <class T, int SOURCES>
+__device__ __forceinline__ Wide<T> ended(const IgemmParams<SOURCES>& p, const Pixel& at, i64 k, Wide<T> y) {
+    return ended<T>(p, residual_offset(p, at), k, y);
+}
+template <int SOURCES>
+__device__ __forceinline__ i64 place_of(const IgemmParams<SOURCES>& p, const Pixel& at, i64 k) {
+    return out_offset(p, at) + k * p.out_steps[3];
+}
+
+// All of it.
+template <class T, int SOURCES>
+__device__ __forceinline__ void finish(const IgemmParams<SOURCES>& p, i64 to, i64 residual, i64 k, Wide<T> y) {
+    static_cast<T*>(p.out)[to + k * p.out_steps[3]] = narrow<T>(ended<T>(p, residual, k, biased<T>(p, k, y)));
 }
 template <class T, int SOURCES>
 __device__ __forceinline__ void finish(const IgemmParams<SOURCES>& p, const Pixel& at, i64 k, Wide<T> y) {

@@ -162,7 +162,7 @@ def map_steps(strides: Strides, spec: FusionSpec) -> tuple[int, ...]:
     return steps if spec.layout is Layout.NHWC else (steps[0], steps[2], steps[3], steps[1])
 
 
-def _filter_steps(strides: Strides, spec: FusionSpec) -> tuple[int, ...]:
+def filter_steps(strides: Strides, spec: FusionSpec) -> tuple[int, ...]:
     """Along r, s, c, k."""
     item = ITEM_BYTES[spec.dtype]
     steps = tuple(step // item for step in strides)
@@ -186,20 +186,20 @@ def prepare(
     (top, _), (left, _) = conv.padding
     channels, group_filters = spec.C // conv.groups, conv.K // conv.groups
     source_steps = [map_steps(steps, spec) for steps in sources]
-    filter_steps = _filter_steps(filters, spec)
-    firsts = [0] * len(sources) if spec.merge is Merge.ADD else [0, *itertools.accumulate(spec.channels[:-1])]
+    steps_of_filters = filter_steps(filters, spec)
+    firsts = first_channels(spec)
     run = RUN_BYTES // ITEM_BYTES[spec.dtype]
-    vectors_a = aligned[0] and _in_runs((channels, *firsts), source_steps, run)
+    vectors_a = aligned[0] and in_runs((channels, *firsts), source_steps, run)
     if spec.merge is Merge.CONCAT and any(source.weight for source in spec.sources):
         vectors_a = False
-    vectors_b = aligned[1] and _in_runs((group_filters,), [filter_steps], run)
+    vectors_b = aligned[1] and in_runs((group_filters,), [steps_of_filters], run)
     values = (spec.N, spec.H, spec.W, channels, group_filters, conv.R, conv.S, spec.P, spec.Q, *conv.stride, top, left,
               *conv.dilation, conv.groups, len(sources), activation_code(spec.activation),
               vectors_a, vectors_b)  # fmt: skip
     for name, value in zip(EXTENTS, values, strict=True):
         head[name] = value
     head["slope"] = slope(spec.activation)
-    head["filter_steps"], head["out_steps"] = filter_steps, map_steps(out, spec)
+    head["filter_steps"], head["out_steps"] = steps_of_filters, map_steps(out, spec)
     for field, source, steps, first in zip(head["source"], spec.sources, source_steps, firsts, strict=False):
         field["steps"], field["first"] = steps, first
         field["up_h"], field["up_w"] = source.upsample
@@ -209,7 +209,12 @@ def prepare(
     return struct
 
 
-def _in_runs(extents: tuple[int, ...], steps: list[tuple[int, ...]], run: int) -> bool:
+def first_channels(spec: FusionSpec) -> list[int]:
+    """Of every source in the merged map."""
+    return [0] * len(spec.sources) if spec.merge is Merge.ADD else [0, *itertools.accumulate(spec.channels[:-1])]
+
+
+def in_runs(extents: tuple[int, ...], steps: list[tuple[int, ...]], run: int) -> bool:
     """Whether arrays of these steps, the last along what lies side by side, consist of whole runs."""
     return all(extent % run == 0 for extent in extents) and all(
         last == 1 and all(step % run == 0 for step in others) for *others, last in steps
@@ -217,18 +222,24 @@ def _in_runs(extents: tuple[int, ...], steps: list[tuple[int, ...]], run: int) -
 
 
 def run(spec: FusionSpec, config: IgemmConfig, operands: Operands, out: Any) -> None:
-    """Writes a contraction to `out`; with return_sum, or more sources than a launch takes, the merged map first."""
-    if spec.return_sum or len(operands.sources) > CAPACITIES[-1]:
-        spec, operands = with_stored_map(spec, operands)
-    filters: Any = operands.filters.array if isinstance(operands.filters, Filters) else operands.filters
-    struct = filled(spec, operands, filters, out)
+    """Writes a contraction to `out`."""
+    spec, operands = in_one_launch(spec, operands)
     name = config.symbol.format(sources=capacity(len(operands.sources)))
+    struct = parameters(spec, operands, out)
     launch(config.source, name, (config.blocks,), config.threads, struct, config.block_shared_bytes)
 
 
-def filled(spec: FusionSpec, operands: Operands, filters: Any, out: Any) -> Struct:
-    """The parameters of a call."""
+def in_one_launch(spec: FusionSpec, operands: Operands) -> tuple[FusionSpec, Operands]:
+    """What is left to contract. With return_sum, or more sources than a launch takes, writes the merged map first."""
+    if spec.return_sum or len(operands.sources) > CAPACITIES[-1]:
+        return with_stored_map(spec, operands)
+    return spec, operands
+
+
+def parameters(spec: FusionSpec, operands: Operands, out: Any) -> Struct:
+    """All of a launch."""
     address = runtime().address
+    filters = filters_of(operands)
     residual = operands.residual
     places, filters_place = [address(source) for source in operands.sources], address(filters)
     struct = prepare(
@@ -251,6 +262,11 @@ def filled(spec: FusionSpec, operands: Operands, filters: Any, out: Any) -> Stru
         field["base"] = place
         set_weight(field["weight"], source.weight, weight)
     return struct
+
+
+def filters_of(operands: Operands) -> Any:
+    """The array of filters, kept ones included."""
+    return operands.filters.array if isinstance(operands.filters, Filters) else operands.filters
 
 
 def with_stored_map(spec: FusionSpec, operands: Operands) -> tuple[FusionSpec, Operands]:

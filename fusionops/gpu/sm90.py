@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,7 @@ from fusionops.axes import Strides
 from fusionops.device import GpuDevice
 from fusionops.gpu import host, igemm, tensor_map
 from fusionops.gpu.module import launch, runtime
-from fusionops.gpu.params import CAPACITIES, SUFFIXES, TYPES, capacity
+from fusionops.gpu.params import SUFFIXES, TYPES, capacity
 from fusionops.kernel import Filters, Kernel, Operands
 from fusionops.spec import ITEM_BYTES, Conv2d, Dense, FusionSpec, Layout, Merge, SourceSpec
 
@@ -156,28 +155,24 @@ def pack(filters: Any) -> Any:
 
 def run(spec: FusionSpec, config: HopperConfig, operands: Operands, out: Any) -> None:
     """Writes a contraction to `out`; with return_sum the merged map first, which then is the only source."""
-    if spec.return_sum or len(operands.sources) > CAPACITIES[-1]:
-        spec, operands = igemm.with_stored_map(spec, operands)
+    spec, operands = igemm.in_one_launch(spec, operands)
     kept, address = operands.filters, runtime().address
-    if isinstance(kept, Filters):
-        filters, packed = kept.array, kept.packed(SOURCE, pack)
-    else:
-        filters, packed = kept, pack(kept)
+    packed = kept.packed(SOURCE, pack) if isinstance(kept, Filters) else pack(kept)
     most = capacity(len(operands.sources))
     params = np.zeros(1, struct(most))
     head = params[0]
-    head["p"] = igemm.filled(spec, operands, filters, out)[0]
+    head["p"] = igemm.parameters(spec, operands, out)[0]
     taps, K, row = packed.shape
     item = ITEM_BYTES[spec.dtype]
     tensor = spec.dtype, address(packed), (row, K, taps), (row * item, K * row * item)
     head["filters"] = np.void(runtime().tensor_map(*tensor, (CHANNELS, config.filters, 1)))
     head["tile_n"], head["tile_h"], head["tile_w"] = config.tile
     runs = boxes = 0
-    firsts = itertools.accumulate(spec.channels[:-1], initial=0)
+    firsts = igemm.first_channels(spec)
     for j, (source, array, first) in enumerate(zip(spec.sources, operands.sources, firsts, strict=True)):
         place, strides = address(array), tuple(array.strides)
         is_box, in_runs = _forms(spec, source, strides, place % igemm.RUN_BYTES == 0)
-        runs |= (in_runs and (spec.merge is Merge.ADD or first % RUN == 0)) << j
+        runs |= (in_runs and first % RUN == 0) << j
         boxes |= is_box << j
         if is_box:
             head["source"][j] = np.void(_map_of(spec, source, config, strides, place))
