@@ -23,12 +23,11 @@ from host_cuda.nvrtc import Resources, compile_cubin
 from fusionops import gpu
 from fusionops.cost import analyse
 from fusionops.device import H200
-from fusionops.gpu import igemm, mma, module, stream
+from fusionops.gpu import grouped, igemm, mma, module, sm90, stream
 from fusionops.problems import conv, in_dtype
 from fusionops.problems.rows import ADD, CONCAT, Problem
 
 ARCHS = ("sm_80", "sm_90a")
-THREADS = 256
 BLOCK_RESERVES = 1024  # bytes of shared memory that every block takes besides its own
 # NVIDIA's data sheet of the H200 SXM: dense FLOP/s, and bytes/s of its memory.
 PEAK_FLOPS = {"bfloat16": 989e12, "float16": 989e12, "float32": 67e12}
@@ -52,29 +51,36 @@ def shared_bytes(source: str, name: str) -> int:
     if source == mma.SOURCE:
         kind, _, filters, _ = name.split("<")[1].split(", ")
         return mma.block_shared_bytes("float32" if kind == "float" else "float16", int(filters))
-    if source == stream.SOURCE:
+    if source == sm90.SOURCE:
+        return sm90.block_shared_bytes(int(name.split(", ")[2]))
+    if source in (stream.SOURCE, grouped.SOURCE):
         return 0
     dtype, _, *extents, _ = name.removeprefix("conv_fprop_igemm<").removesuffix(">").split(", ")
     return igemm.Tile(*map(int, extents)).shared_bytes(8 if dtype == "double" else 4)
 
 
-def resident_blocks(registers: int, shared: int) -> int:
+def threads_of(source: str) -> int:
+    return sm90.THREADS if source == sm90.SOURCE else 256
+
+
+def resident_blocks(registers: int, shared: int, threads: int) -> int:
     """Of a multiprocessor of an H200."""
     by_shared = H200.shared_bytes // (shared + BLOCK_RESERVES)
-    return min(H200.registers // (-(-registers // 8) * 8 * THREADS), H200.threads // THREADS, by_shared)
+    return min(H200.registers // (-(-registers // 8) * 8 * threads), H200.threads // threads, by_shared)
 
 
 def kernels() -> Iterator[str]:
     yield "| kernel | registers sm_80 | sm_90a | spills | shared, KiB | blocks of an SM, H200 |"
     yield "|---|---|---|---|---|---|"
     for source in SYMBOLS:
-        found = [resources(source, arch) for arch in ARCHS]
-        for name in sorted(found[0]):
+        found = [resources(source, arch) for arch in (ARCHS[1:] if source == sm90.SOURCE else ARCHS)]
+        for name in sorted(found[-1]):
             spills = sum(each[name].spill_stores + each[name].spill_loads for each in found)
             shared = shared_bytes(source, name)
             registers = [each[name].registers for each in found]
-            yield (f"| `{name}` | {registers[0]} | {registers[1]} | {spills} | {shared / 1024:.1f} | "
-                   f"{resident_blocks(registers[1], shared)} |")  # fmt: skip
+            oldest = registers[0] if len(found) > 1 else "-"
+            yield (f"| `{name}` | {oldest} | {registers[-1]} | {spills} | {shared / 1024:.1f} | "
+                   f"{resident_blocks(registers[-1], shared, threads_of(source))} |")  # fmt: skip
 
 
 def layers() -> Iterator[Problem]:
@@ -88,20 +94,29 @@ def layers() -> Iterator[Problem]:
     ):
         for merge in (CONCAT, ADD):
             yield conv(name, merge, (C, C), K, taps, taps, N=8, H=H, W=H, strict=False)
+    for name, H, C, taps, groups in (
+        ("mobilenet_depthwise", 56, 128, 3, 128),
+        ("convnext_depthwise", 56, 96, 7, 96),
+        ("resnext_grouped", 56, 128, 3, 32),
+    ):
+        yield conv(name, ADD, (C, C), C, taps, taps, N=8, H=H, W=H, groups=groups, strict=False)
 
 
 def plans() -> Iterator[str]:
-    yield "| layer, batch 8 | dtype | kernel | GFLOP | MiB moved | blocks | rounds | arithmetic, µs | memory, µs |"
+    yield "| layer, batch 8 | dtype | kernel | GFLOP | MiB moved | tiles | rounds | arithmetic, µs | memory, µs |"
     yield "|---|---|---|---|---|---|---|---|---|"
     for problem in layers():
         for dtype in ("bfloat16", "float32"):
             spec = in_dtype(problem, dtype).spec if dtype != "float32" else problem.spec
             kernel = next(kernel for kernel in gpu.KERNELS if not kernel.unsupported(spec) and not kernel.slow(spec))
             config, cost = kernel.plan(spec, H200), analyse(spec)
-            rounds = config.blocks / (2 * H200.multiprocessors)
+            tiles, places = config.blocks, 2 * H200.multiprocessors
+            if kernel in sm90.KERNELS:
+                tiles, places = sm90.tiles(spec, config.filters), config.blocks
+            rounds = tiles / places
             name = kernel.name.removeprefix("gpu.")
             times = cost.flops / PEAK_FLOPS[dtype], cost.bytes_moved / BANDWIDTH
-            numbers = f"{cost.flops / 1e9:.1f} | {cost.bytes_moved / 2**20:.1f} | {config.blocks} | {rounds:.1f}"
+            numbers = f"{cost.flops / 1e9:.1f} | {cost.bytes_moved / 2**20:.1f} | {tiles} | {rounds:.1f}"
             yield (
                 f"| {problem.name} | {dtype} | {name} | {numbers} | "
                 + " | ".join(f"{s * 1e6:.0f}" for s in times)

@@ -98,7 +98,7 @@ def run(spec: FusionSpec, config: IgemmConfig, operands: Operands, out: Any) -> 
 # the data sheet). The comparison made of it is arithmetic, not a measurement.
 LANES = 32  # of a warp, whose load is one instruction
 PRODUCTS = {"float16": 128, "bfloat16": 128, "float32": 128, "float64": 64}  # of float32 and float64, on CUDA cores
-TENSOR_PRODUCTS = 2048  # of float16 and bfloat16, at most
+TENSOR_PRODUCTS = 2048  # of float16 and bfloat16, at most; half as many of TF32
 CACHE_BYTES = 128  # that the first cache delivers
 
 
@@ -124,8 +124,8 @@ def tile_cycles(spec: FusionSpec) -> float:
     channels, filters = group_extents(spec)
     tile = igemm.TILES[igemm.computed_bytes(spec.dtype)][-1]
     cycles = LANES / (PRODUCTS[spec.dtype] * tile.share_of_products * share(filters, tile.bn))
-    if spec.dtype in mma.DTYPES and not spec.strict and not mma.slow(spec):
-        used = share(filters, mma.FILTERS[-1]) * share(channels, mma.CHANNELS)
+    if mma.may_round(spec) and not mma.slow(spec):
+        used = share(filters, mma.FILTERS[-1]) * share(channels, mma.STEP_BYTES // ITEM_BYTES[spec.dtype])
         cycles = min(cycles, LANES / (TENSOR_PRODUCTS * used))
     return cycles
 

@@ -63,6 +63,11 @@ def _blocks(spec: FusionSpec, tile: int) -> int:
     return -(-pixels // PIXELS) * -(-filters // tile) * spec.conv.groups
 
 
+def may_round(spec: FusionSpec) -> bool:
+    """Whether sums may have any order, and factors the precision of tensor cores."""
+    return not spec.strict and (spec.dtype in ("float16", "bfloat16") or spec.precision == "tf32")
+
+
 def slow(spec: FusionSpec) -> tuple[str, ...]:
     """Why CUDA cores would be faster."""
     filters = spec.conv.K // spec.conv.groups
@@ -74,10 +79,10 @@ def slow(spec: FusionSpec) -> tuple[str, ...]:
 def _kernel(merge: Merge, contraction: type[Conv2d] | type[Dense], dtype: str) -> Kernel:
     def unsupported(spec: FusionSpec) -> tuple[str, ...]:
         reasons = igemm.common_reasons(spec, merge, contraction, dtype)
-        if dtype == "float32" and spec.precision != "tf32":
-            reasons.append("precision is that of float32, and tensor cores would round its factors: needs tf32")
         if spec.strict:
             reasons.append("strict=True fixes the order of a sum, and tensor cores do not state theirs")
+        elif not may_round(spec):
+            reasons.append("precision is that of float32, and tensor cores would round its factors: needs tf32")
         return tuple(reasons)
 
     word = "conv" if contraction is Conv2d else "dense"

@@ -105,15 +105,13 @@ def plan(spec: FusionSpec, device: GpuDevice) -> HopperConfig:
     """Of the tiles the one whose blocks are done first; of equals the wider."""
 
     def duration(filters: int) -> float:
-        tiles = _pixel_tiles(spec) * -(-spec.conv.K // filters)
-        return -(-tiles // device.multiprocessors) * filters
+        return -(-tiles(spec, filters) // device.multiprocessors) * filters
 
     return with_tile(spec, min(FILTERS, key=duration), device)
 
 
 def with_tile(spec: FusionSpec, filters: int, device: GpuDevice) -> HopperConfig:
-    tiles = _pixel_tiles(spec) * -(-spec.conv.K // filters)
-    blocks = min(tiles, device.multiprocessors)
+    blocks = min(tiles(spec, filters), device.multiprocessors)
     return HopperConfig(symbol(spec.dtype, spec.merge, filters), pixel_box(spec), filters, blocks, _packed_bytes(spec))
 
 
@@ -130,8 +128,9 @@ def _count(spec: FusionSpec, box: tuple[int, int, int]) -> int:
     return math.prod(-(-extent // part) for extent, part in zip((spec.N, spec.P, spec.Q), box, strict=True))
 
 
-def _pixel_tiles(spec: FusionSpec) -> int:
-    return _count(spec, pixel_box(spec))
+def tiles(spec: FusionSpec, filters: int) -> int:
+    """Of pixels and so many filters."""
+    return _count(spec, pixel_box(spec)) * -(-spec.conv.K // filters)
 
 
 def _row(channels: int) -> int:
