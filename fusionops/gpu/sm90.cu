@@ -50,7 +50,8 @@ template <int BN, int SOURCES> struct Tiles {
 };
 
 // The output pixel in a row of a tile.
-template <int SOURCES> __device__ __forceinline__ Pixel pixel_in(const HopperParams<SOURCES>& h, const Tile& tile, int row) {
+template <int SOURCES>
+__device__ __forceinline__ Pixel pixel_in(const HopperParams<SOURCES>& h, const Tile& tile, int row) {
     const int line = row / int(h.tile_w);
     const int n = tile.n + line / int(h.tile_h), p = tile.p + line % int(h.tile_h), q = tile.q + row % int(h.tile_w);
     return Pixel{n, p, q, int(p * h.p.stride_h - h.p.pad_top), int(q * h.p.stride_w - h.p.pad_left)};
@@ -69,26 +70,47 @@ template <int SOURCES> __device__ __forceinline__ int end_of(const IgemmParams<S
     return source + 1 < int(p.sources) ? int(p.source[source + 1].first) : int(p.C);
 }
 
-// A run of the merged map inside the map, from channel c on; zeros behind the last one.
+// 64 channels of the merged map under a pixel inside the map, from c on, as row `row` of a box; zeros behind the last one.
 template <class T, bool ADD, int SOURCES>
-__device__ __forceinline__ void store_run(const HopperParams<SOURCES>& h, T* to, int n, int y, int x, int c) {
+__device__ __forceinline__ void
+store_row(const HopperParams<SOURCES>& h, T* to, int row, int source, int n, int y, int x, int c) {
+    constexpr int RUN = RUN_OF<T>, PIECES = BC / RUN;
     const IgemmParams<SOURCES>& p = h.p;
-    const int first = ADD ? 0 : source_at(p, c < int(p.C) ? c : 0), last = ADD ? int(p.sources) : first + 1;
-    const u64 mask = (last < 64 ? 1ull << last : 0ull) - (1ull << first);
-    if ((h.runs & mask) == mask) {
-        uint4 run = make_uint4(0, 0, 0, 0);
-        if (c < int(p.C)) run = summed_run<T>(p, first, last, n, y, x, c - (ADD ? 0 : int(p.source[first].first)));
-        *reinterpret_cast<uint4*>(to) = run;
+    const int last = ADD ? int(p.sources) : source + 1, end = ADD ? int(p.C) : end_of(p, source);
+    const int first_channel = ADD ? 0 : int(p.source[source].first);
+    const u64 mask = (last < 64 ? 1ull << last : 0ull) - (1ull << source);
+    auto place = [&](int piece) { return to + row * BC + (piece ^ row % 8) * RUN; };
+    if ((h.runs & mask) == mask && min(c + BC, int(p.C)) <= end) {
+        uint4 sum[PIECES];  // all loads of a source, and of the next one, are under way before the first is needed
+#pragma unroll 1
+        for (int j = source; j < last; ++j) {
+            const MapSource& from = p.source[j];
+            const int channel = c - first_channel;
+            const T* const base = static_cast<const T*>(from.base) + offset_of(from, n, y, x) + channel;
+            uint4 one[PIECES];
+#pragma unroll
+            for (int i = 0; i < PIECES; ++i)
+                one[i] = c + i * RUN < end ? reinterpret_cast<const uint4*>(base)[i] : make_uint4(0, 0, 0, 0);
+            if (from.weight.kind != WEIGHT_NONE)
+#pragma unroll
+                for (int i = 0; i < PIECES; ++i)
+                    if (c + i * RUN < end) one[i] = mul_run<T>(weights_of<T>(from.weight, channel + i * RUN), one[i]);
+#pragma unroll
+            for (int i = 0; i < PIECES; ++i) sum[i] = j == source ? one[i] : add_run<T>(sum[i], one[i]);
+        }
+#pragma unroll
+        for (int i = 0; i < PIECES; ++i) *reinterpret_cast<uint4*>(place(i)) = sum[i];
     } else {
 #pragma unroll 1
-        for (int e = 0; e < RUN_OF<T>; ++e) to[e] = c + e < int(p.C) ? gathered<T, ADD>(p, n, y, x, c + e) : T{};
+        for (int i = 0; i < BC; ++i)
+            place(i / RUN)[i % RUN] = c + i < int(p.C) ? gathered<T, ADD>(p, n, y, x, c + i) : T{};
     }
 }
 
 template <class T, bool ADD, int BN, int SOURCES>
 __global__ void __launch_bounds__(THREADS, 1) conv_fprop_igemm_sm90(const __grid_constant__ HopperParams<SOURCES> h) {
     static_assert(sizeof(T) == 2, "rows of 128 bytes are 64 channels");
-    constexpr int STAGES = BUFFER_BYTES / ((BM + BN) * BC * 2), RUN = RUN_OF<T>;
+    constexpr int STAGES = BUFFER_BYTES / ((BM + BN) * BC * 2);
     FUSIONOPS_SHARED(unsigned char, shared);
     T* const a = reinterpret_cast<T*>(shared);
     T* const b = a + STAGES * BM * BC;
@@ -110,7 +132,7 @@ __global__ void __launch_bounds__(THREADS, 1) conv_fprop_igemm_sm90(const __grid
 
     int step = 0;  // of all tiles
     if (t < PRODUCERS) {
-        fewer_registers<ADD ? 88 : 56>();  // of 168 a thread, what two warpgroups take leaves this
+        fewer_registers<120>();  // of 168 a thread: 24 more for each of the other two warpgroups
         for (int i = blockIdx.x; i < tiles.count; i += gridDim.x) {
             const Tile tile = tiles.at(h, i);
             const Pixel pixel = pixel_in(h, tile, t);
@@ -124,18 +146,17 @@ __global__ void __launch_bounds__(THREADS, 1) conv_fprop_igemm_sm90(const __grid
                 if (t == 0) {
                     mbar_announce(full + stage, (BN + (box ? BM : 0)) * BC * 2);
                     copy_box_async(b + stage * BN * BC, h.filters, full + stage, {c, tile.k, int(r * p.S) + s});
-                    if (box) copy_box_async(to, h.source[source], full + stage, {c - int(p.source[source].first), x, y, tile.n});
+                    const int channel = c - int(p.source[source].first);
+                    if (box) copy_box_async(to, h.source[source], full + stage, {channel, x, y, tile.n});
                 }
                 if (!box) {
                     const bool inside = exists && unsigned(y) < unsigned(p.H) && unsigned(x) < unsigned(p.W);
-#pragma unroll 2
-                    for (int piece = 0; piece < BC / RUN; ++piece) {
-                        T* const place = to + t * BC + (piece ^ t % 8) * RUN;
-                        if (inside)
-                            store_run<T, ADD>(h, place, pixel.n, y, x, c + piece * RUN);
-                        else
-                            *reinterpret_cast<uint4*>(place) = make_uint4(0, 0, 0, 0);
-                    }
+                    if (inside)
+                        store_row<T, ADD>(h, to, t, source, pixel.n, y, x, c);
+                    else
+#pragma unroll
+                        for (int i = 0; i < BC / RUN_OF<T>; ++i)
+                            reinterpret_cast<uint4*>(to + t * BC)[i] = make_uint4(0, 0, 0, 0);
                     fence_products();
                 }
                 __syncwarp();
@@ -146,7 +167,7 @@ __global__ void __launch_bounds__(THREADS, 1) conv_fprop_igemm_sm90(const __grid
         return;
     }
 
-    more_registers<ADD ? 208 : 224>();
+    more_registers<192>();
     const int warp = t / 32 - PRODUCERS / 32;  // of 8: 16 rows each
     float* const mine = staged + warp * 16 * (STAGED + 1);
     float sums[BN / 2];
