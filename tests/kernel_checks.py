@@ -28,10 +28,11 @@ def expected_of(spec: FusionSpec, operands: Operands) -> list[np.ndarray]:
     return [out, operands.merged] if spec.return_sum else [out]
 
 
-def assert_same_bits(actual: list[np.ndarray], expected: list[np.ndarray]) -> None:
+def assert_same_bits(actual: list[np.ndarray], expected: list[np.ndarray], what: str = "") -> None:
     for one, other in zip(actual, expected, strict=True):
         assert one.dtype == other.dtype
-        assert one.tobytes() == other.tobytes(), f"{np.count_nonzero(one != other)} of {one.size} elements differ"
+        same = one.tobytes() == other.tobytes()
+        assert same, f"{np.count_nonzero(one != other)} of {one.size} elements differ {what}"
 
 
 def assert_within(actual: np.ndarray, expected: np.ndarray, bound: np.ndarray) -> None:
