@@ -34,7 +34,7 @@ from kernel_checks import assert_same_bits, assert_within, expected_of, rng_of
 
 from fusionops import gpu, testing
 from fusionops.device import GpuDevice
-from fusionops.gpu import module
+from fusionops.gpu import module, sm90
 from fusionops.kernel import Kernel
 from fusionops.problems import ALIGNED, ANY_ORDER, PROBLEMS, Problem
 
@@ -87,6 +87,10 @@ def check_case(
             there.merged = to_device(np.zeros(spec.merged_shape, spec.dtype))
         kernel.run(spec, kernel.plan(spec, device), there, out)
         results.append([to_host(out), *([to_host(there.merged)] if spec.return_sum else [])])
+        if kernel in sm90.KERNELS:
+            for filters in sm90.FILTERS:  # other instructions, of which the host's emulation cannot tell
+                kernel.run(spec, sm90.with_tile(spec, filters, device), there, out)
+                assert_same_bits([to_host(out)], results[-1][:1], f"with tiles of {filters} filters")
     assert_same_bits(results[1], results[0])
     assert_within(results[0][0], expected[0], testing.error_bound(spec, operands))
     assert_same_bits(results[0][1:], expected[1:])

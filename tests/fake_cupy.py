@@ -138,6 +138,7 @@ class Flags(NamedTuple):
 
 
 cuda = types.SimpleNamespace(
+    nvrtc=types.SimpleNamespace(getVersion=lambda: (13, 0)),
     Device=Device,
     Event=Event,
     MemoryHook=MemoryHook,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import fake_cupy as cp
 import numpy as np
 import pytest
-from gpu_stand_in import usable_gpu
+from gpu_stand_in import forget, usable_gpu
 
 import fusionops as fo
 
@@ -116,6 +116,22 @@ def test_wide_sixteen_bit_maps_run_on_hopper(runtime, kept):
         np.testing.assert_array_equal(cp.asnumpy(result), fo.concat_conv([x, y], f, padding="same"))
     assert {name.split("<")[0] for name in runtime.launched} == {"conv_fprop_igemm_sm90"}
     assert fo.explain("concat_conv", sources, filters).kernel == "gpu.concat_conv_fprop_igemm_sm90_f16"
+
+
+@pytest.mark.parametrize(
+    ("capability", "compiler", "reason"),
+    [((8, 0), (13, 0), "has compute capability 8.0, needs 9.0"), ((9, 0), (12, 8), "compiler is 12.8, needs 12.9")],
+)
+def test_hopper_is_not_taken_for_granted(runtime, monkeypatch, capability, compiler, reason):
+    major, minor = capability
+    here = cp.Device().attributes | {"ComputeCapabilityMajor": major, "ComputeCapabilityMinor": minor}
+    monkeypatch.setattr(cp.Device, "attributes", here)
+    monkeypatch.setattr(cp.cuda.nvrtc, "getVersion", lambda: compiler)
+    forget()
+    x, f = cp.asarray(integers(1, 5, 6, 64, dtype=np.float16)), cp.asarray(integers(1, 1, 64, 64, dtype=np.float16))
+    explained = fo.explain("add_conv", [x], f)
+    assert explained.kernel == "gpu.add_conv_fprop_igemm_sm80_f16"
+    assert reason in str(dict(explained.others)["gpu.add_conv_fprop_igemm_sm90_f16"])
 
 
 def test_a_failure_is_known_by_name_when_launches_are_waited_for(runtime, monkeypatch):

@@ -24,12 +24,13 @@ from kernel_checks import (
     execute_on,
     expected_of,
     rng_of,
+    with_batch,
 )
 
 from fusionops.device import GPU_PROFILES, H200
 from fusionops.gpu import KERNELS, grouped, igemm, mma, module, sm90, stream
 from fusionops.kernel import Filters, Kernel, Operands
-from fusionops.problems import ALIGNED, ANY_ORDER, Problem, dense, join
+from fusionops.problems import ALIGNED, ANY_ORDER, Problem, conv, dense, in_dtype, join
 from fusionops.problems import PROBLEMS as ALL
 from fusionops.spec import FusionSpec, Layout, Merge, SourceSpec
 from fusionops.testing import (
@@ -247,6 +248,40 @@ def test_splitting_the_batch_does_not_change_bits(kernel, problem):
 @every_typical_contraction
 def test_fused_equals_unfused_bit_for_bit(kernel, problem):
     check_unfused(execute, kernel, problem)
+
+
+def chosen(spec: FusionSpec) -> str:
+    """The kernel that dispatch takes on a Hopper GPU, whatever the merge."""
+    able = [kernel for kernel in KERNELS if not kernel.unsupported(spec)]
+    name = next((kernel.name for kernel in able if not kernel.slow(spec)), able[0].name)
+    return name.replace(f".{spec.merge}_", ".")
+
+
+GROUPED = [
+    conv("grouped", merge, sources, groups * each, groups=groups, strict=False)
+    for groups in (2, 4, 8)
+    for each in (1, 2, 8, 16)
+    for sources in ((groups,), (groups, groups), (3 * groups, 5 * groups), (groups + 1, 3 * groups - 1))
+    for merge in Merge
+    if merge is Merge.CONCAT or len(set(sources)) == 1
+]
+
+
+def test_the_choice_depends_on_the_merged_map_of_one_image_alone():
+    """Else a fused call and an unfused one, or a batch and its parts, would sum in orders of their own."""
+    specs = [
+        *(problem.spec for problem in PROBLEMS if problem.spec.contraction is not None),
+        *(replace(problem.spec, precision=precision) for problem in GROUPED for precision in (None, "tf32")),
+        *(in_dtype(problem, "float16").spec for problem in GROUPED),
+    ]
+    compared = 0
+    for spec in specs:
+        if not any(source.scale or source.shift or source.activation for source in spec.sources):
+            merged = replace(spec, sources=(SourceSpec(spec.merged_shape, spec.dtype),), return_sum=False)
+            same = {chosen(replace(merged, merge=merge)) for merge in Merge}
+            assert same == {chosen(spec)} == {chosen(with_batch(spec, 5))}, spec
+            compared += 1
+    assert compared > 500
 
 
 @pytest.mark.parametrize("prologue", ["scale", "shift"])

@@ -50,7 +50,10 @@ DEPTH = 64
 # on normal data and on numbers over 6 decades, of 3×3 taps: with 288 terms 2.1 and 2.5 times the strict kernel's, with
 # 144 2.5 and 3.0, with 72 2.9 and 3.6. Filters in sections and of 2×2 taps: with 256 and 288 terms 2.8 to 3.0 and 3.6
 # to 4.0 times, with 512 and 576 2.2 to 2.3 and 2.5 to 2.9. Where most taps fall into the padding, 3 to 6 times.
-FEWEST_TERMS, FEWEST_TERMS_OF_PARTS = 288, 512
+# With 16 channels, strides that differ and most sections of one tap or two, up to 4.4 times. More taps than MOST_TAPS
+# leave sums of so many sections that scratch memory does not hold a tile of them, and errors up to 2.5e-6.
+FEWEST_TERMS, FEWEST_TERMS_OF_PARTS, FEWEST_CHANNELS_OF_PARTS = 288, 512, 32
+MOST_TAPS = 11
 FEWEST_TAPS = 0.5
 # Images of fewer tiles of outputs are convolved tap by tap: than ENOUGH_TILES where channels times filters exceed
 # SMALL_FILTERS, else than FEWEST_TILES. Of the time tap by tap, with prepacked filters, Winograd took 1.2 to 1.5 with 4
@@ -229,9 +232,12 @@ def run(spec: FusionSpec, tiling: WinogradTiling, operands: Operands, out: np.nd
     launch.run(_algorithm(taps_of(spec.conv), spec.conv.stride), spec, tiling, operands, out)
 
 
-def _fewest_terms(conv: Conv2d) -> int:
+def _fewest(conv: Conv2d) -> tuple[int, int]:
+    """Terms of a sum, and channels."""
     taps = taps_of(conv)
-    return FEWEST_TERMS if taps > 2 and _patches(conv, taps) == 1 else FEWEST_TERMS_OF_PARTS
+    if taps > 2 and _patches(conv, taps) == 1:
+        return FEWEST_TERMS, 1
+    return FEWEST_TERMS_OF_PARTS, FEWEST_CHANNELS_OF_PARTS
 
 
 def _share_of_taps(spec: FusionSpec) -> float:
@@ -285,9 +291,13 @@ def _kernel(merge: Merge, dtype: str) -> Kernel:
             reasons.append(f"filters have a dilation of {conv.dilation}, needs (1, 1)")
         if _products(conv, taps_of(conv)) >= conv.R * conv.S:
             reasons.append(f"{conv.R}x{conv.S} taps with a stride of {conv.stride} form no fewer products in patches")
-        terms, fewest = spec.C * conv.R * conv.S, _fewest_terms(conv)
-        if terms < fewest:
-            reasons.append(f"a sum has {terms} terms, needs {fewest} to keep the promised error")
+        if max(conv.R, conv.S) > MOST_TAPS:
+            reasons.append(f"filters are {conv.R}x{conv.S}, needs at most {MOST_TAPS}x{MOST_TAPS}")
+        terms, (fewest, channels) = spec.C * conv.R * conv.S, _fewest(conv)
+        if terms < fewest or channels > spec.C:
+            reasons.append(
+                f"a sum has {terms} terms of {spec.C} channels, needs {fewest} of {channels} to keep the promised error"
+            )
         elif _share_of_taps(spec) < FEWEST_TAPS:
             reasons.append("most taps fall into the padding, where a strict sum has few terms to round")
         if conv.groups != 1:

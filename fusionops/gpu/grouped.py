@@ -55,9 +55,15 @@ def run_of_extents(spec: FusionSpec) -> int:
     """Channels that a thread moves at once where arrays allow it: whole runs, whose filters have a channel each, or
     share theirs.
     """
+    run = run_of_merged(spec)
+    return run if all(first % run == 0 for first in igemm.first_channels(spec)) else 1
+
+
+def run_of_merged(spec: FusionSpec) -> int:
+    """The same of a merged map that is stored."""
     run = RUNS[spec.dtype]
     channels, filters = group_extents(spec)
-    are_whole = all(extent % run == 0 for extent in (spec.C, spec.conv.K, *igemm.first_channels(spec)))
+    are_whole = spec.C % run == 0 and spec.conv.K % run == 0
     are_alike = channels == filters == 1 or (channels % run == 0 and filters % run == 0)
     return run if are_whole and are_alike else 1
 
@@ -106,9 +112,10 @@ def own_cycles(spec: FusionSpec) -> float:
     """For LANES products: of the multiply-adds, with what widens narrow numbers, or of the loads, whichever is longer.
 
     A thread loads for a tap a run of channels of every column, and a run of filters for every channel that is shared.
+    Of a stored map, whatever the sources: a fused call and an unfused one are run by the same kernel, in the same bits.
     """
-    item, width = ITEM_BYTES[spec.dtype], columns(is_sum(spec))
-    run = run_of_extents(spec) if spec.layout is Layout.NHWC else 1
+    item, width = ITEM_BYTES[spec.dtype], columns(adds=False)
+    run = run_of_merged(spec) if spec.layout is Layout.NHWC else 1
     shared = 1 if group_extents(spec)[0] == 1 else run
     loads = (width + shared) / (width * run * shared)
     widened = loads * run if item < igemm.computed_bytes(spec.dtype) else 0.0

@@ -50,6 +50,15 @@ def _version(number: int) -> str:
 
 
 @functools.cache
+def compiler() -> tuple[int, int]:
+    """The version of CUDA whose compiler CuPy calls."""
+    import cupy
+
+    major, minor = cupy.cuda.nvrtc.getVersion()
+    return major, minor
+
+
+@functools.cache
 def device() -> GpuDevice:
     """The current GPU."""
     import cupy

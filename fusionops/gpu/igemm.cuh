@@ -63,6 +63,12 @@ template <int SOURCES> __device__ __forceinline__ i64 residual_offset(const Igem
     return p.residual.base ? offset_of(p.residual, at.n, at.p, at.q) : 0;
 }
 
+template <class T, int SOURCES>
+__device__ __forceinline__ Wide<T> load_residual(const IgemmParams<SOURCES>& p, i64 offset, i64 k) {
+    const Wide<T> x = widen(static_cast<const T*>(p.residual.base)[offset + k * p.residual.steps[3]]);
+    return weighted<T>(p.residual.weight, x, k);
+}
+
 // The end of a sum, whose filter k counts those of all groups: bias, then residual and activation; where it is stored.
 template <class T, int SOURCES>
 __device__ __forceinline__ Wide<T> biased(const IgemmParams<SOURCES>& p, i64 k, Wide<T> y) {
@@ -70,10 +76,7 @@ __device__ __forceinline__ Wide<T> biased(const IgemmParams<SOURCES>& p, i64 k, 
 }
 template <class T, int SOURCES>
 __device__ __forceinline__ Wide<T> ended(const IgemmParams<SOURCES>& p, i64 residual, i64 k, Wide<T> y) {
-    if (p.residual.base) {
-        const Wide<T> x = widen(static_cast<const T*>(p.residual.base)[residual + k * p.residual.steps[3]]);
-        y = add_rn(y, weighted<T>(p.residual.weight, x, k));
-    }
+    if (p.residual.base) y = add_rn(y, load_residual<T>(p, residual, k));
     return activated<Wide<T>>(p.activation, p.slope, y);
 }
 template <class T, int SOURCES>

@@ -121,15 +121,19 @@ class IgemmConfig:
         return 0
 
     def illegal_on(self, device: GpuDevice) -> tuple[str, ...]:
-        reasons = []
-        if self.block_shared_bytes > device.block_shared_bytes:
-            reasons.append(
-                f"a block needs {self.block_shared_bytes} B of shared memory, {device.name} has "
-                f"{device.block_shared_bytes}"
-            )
-        if self.threads > device.threads:
-            reasons.append(f"a block has {self.threads} threads, {device.name} runs {device.threads}")
-        return tuple(reasons)
+        return tuple(beyond(device, self.block_shared_bytes, self.threads))
+
+
+def beyond(device: GpuDevice, shared_bytes: int, threads: int) -> list[str]:
+    """What a block needs and a device has not."""
+    reasons = []
+    if shared_bytes > device.block_shared_bytes:
+        reasons.append(
+            f"a block needs {shared_bytes} B of shared memory, {device.name} has {device.block_shared_bytes}"
+        )
+    if threads > device.threads:
+        reasons.append(f"a block has {threads} threads, {device.name} runs {device.threads}")
+    return reasons
 
 
 def plan(spec: FusionSpec, device: GpuDevice) -> IgemmConfig:

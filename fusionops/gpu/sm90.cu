@@ -20,7 +20,7 @@
 
 const int BM = 128, BC = 64, PRODUCERS = 128, THREADS = 384;
 const int BUFFER_BYTES = 192 * 1024;  // of all stages
-const int STAGED = 32;                // columns of sums that a warp finishes at a time
+const int STAGED = 32, ROWS = 4;      // columns of sums that a warp finishes at a time, and rows
 
 template <int SOURCES> struct HopperParams {
     TensorMap filters;
@@ -76,27 +76,31 @@ __device__ __forceinline__ void
 store_row(const HopperParams<SOURCES>& h, T* to, int row, int source, int n, int y, int x, int c) {
     constexpr int RUN = RUN_OF<T>, PIECES = BC / RUN;
     const IgemmParams<SOURCES>& p = h.p;
-    const int last = ADD ? int(p.sources) : source + 1, end = ADD ? int(p.C) : end_of(p, source);
-    const int first_channel = ADD ? 0 : int(p.source[source].first);
-    const u64 mask = (last < 64 ? 1ull << last : 0ull) - (1ull << source);
     auto place = [&](int piece) { return to + row * BC + (piece ^ row % 8) * RUN; };
-    if ((h.runs & mask) == mask && min(c + BC, int(p.C)) <= end) {
-        uint4 sum[PIECES];  // all loads of a source, and of the next one, are under way before the first is needed
+    const int last = ADD ? int(p.sources) : 1;
+    const bool runs = h.runs == ~0ull >> (64 - int(p.sources)) ||
+                      (!ADD && h.runs >> source & 1 && min(c + BC, int(p.C)) <= end_of(p, source));
+    if (runs) {
+        uint4 sum[PIECES];
 #pragma unroll 1
-        for (int j = source; j < last; ++j) {
-            const MapSource& from = p.source[j];
-            const int channel = c - first_channel;
-            const T* const base = static_cast<const T*>(from.base) + offset_of(from, n, y, x) + channel;
-            uint4 one[PIECES];
+        for (int j = 0; j < last; ++j) {
+            uint4 one[PIECES];  // all are under way before the first is needed
 #pragma unroll
-            for (int i = 0; i < PIECES; ++i)
-                one[i] = c + i * RUN < end ? reinterpret_cast<const uint4*>(base)[i] : make_uint4(0, 0, 0, 0);
-            if (from.weight.kind != WEIGHT_NONE)
+            for (int i = 0; i < PIECES; ++i) {
+                const int here = c + i * RUN;  // of a concatenation, all of a run belongs to one source
+                const MapSource& from = p.source[ADD ? j : here < end_of(p, source) ? source : source_at(p, here)];
+                const T* const base = static_cast<const T*>(from.base) + (here - (ADD ? 0 : int(from.first)));
+                one[i] = make_uint4(0, 0, 0, 0);
+                if (here < int(p.C)) one[i] = *reinterpret_cast<const uint4*>(base + offset_of(from, n, y, x));
+            }
 #pragma unroll
-                for (int i = 0; i < PIECES; ++i)
-                    if (c + i * RUN < end) one[i] = mul_run<T>(weights_of<T>(from.weight, channel + i * RUN), one[i]);
-#pragma unroll
-            for (int i = 0; i < PIECES; ++i) sum[i] = j == source ? one[i] : add_run<T>(sum[i], one[i]);
+            for (int i = 0; i < PIECES; ++i) {
+                const int here = c + i * RUN;
+                const MapSource& from = p.source[ADD ? j : here < end_of(p, source) ? source : source_at(p, here)];
+                if (from.weight.kind != WEIGHT_NONE && here < int(p.C))
+                    one[i] = mul_run<T>(weights_of<T>(from.weight, here - (ADD ? 0 : int(from.first))), one[i]);
+                sum[i] = j == 0 ? one[i] : add_run<T>(sum[i], one[i]);
+            }
         }
 #pragma unroll
         for (int i = 0; i < PIECES; ++i) *reinterpret_cast<uint4*>(place(i)) = sum[i];
@@ -204,10 +208,27 @@ __global__ void __launch_bounds__(THREADS, 1) conv_fprop_igemm_sm90(const __grid
                 mine[(lane / 4 + 8 * (e / 2 % 2)) * (STAGED + 1) + e / 4 * 8 + lane % 4 * 2 + e % 2] = sums[column0 / 2 + e];
             __syncwarp();
             const int k = tile.k + column0 + lane;
+            const bool filters = k < int(p.K);
+            const Wide<T> bias = p.bias && filters ? widen(static_cast<const T*>(p.bias)[k]) : Wide<T>(0);
 #pragma unroll 1
-            for (int row = 0; row < 16; ++row) {
-                const i64 here = __shfl_sync(~0u, to, row), there = __shfl_sync(~0u, residual, row);
-                if (rows >> row & 1 && k < int(p.K)) finish<T>(p, here, there, k, mine[row * (STAGED + 1) + lane]);
+            for (int row0 = 0; row0 < 16; row0 += ROWS) {  // what is read for some rows is under way at once
+                Wide<T> residuals[ROWS];
+                bool here[ROWS];
+#pragma unroll
+                for (int i = 0; i < ROWS; ++i) {
+                    const i64 from = __shfl_sync(~0u, residual, row0 + i);
+                    here[i] = filters && rows >> (row0 + i) & 1;
+                    if (here[i] && p.residual.base) residuals[i] = load_residual<T>(p, from, k);
+                }
+#pragma unroll
+                for (int i = 0; i < ROWS; ++i) {
+                    const i64 at = __shfl_sync(~0u, to, row0 + i);
+                    Wide<T> y = mine[(row0 + i) * (STAGED + 1) + lane];
+                    if (p.bias) y = add_rn(y, bias);
+                    if (p.residual.base) y = add_rn(y, residuals[i]);
+                    if (here[i])
+                        static_cast<T*>(p.out)[at + k * p.out_steps[3]] = narrow<T>(activated<T>(p.activation, p.slope, y));
+                }
             }
         }
     }

@@ -20,6 +20,7 @@ from fusionops.spec import ITEM_BYTES, Conv2d, Dense, FusionSpec, Layout, Merge,
 SOURCE = "sm90.cu"
 DTYPES = ("float16", "bfloat16")
 CAPABILITY = (9, 0)
+OLDEST_COMPILER = (12, 9)  # of CUDA: older ones refuse sm_90a beside the architecture that CuPy states itself
 PIXELS, CHANNELS, THREADS = 128, 64, 384  # of a block; of a step; as in the source
 FILTERS = (256, 128, 64)
 BUFFER_BYTES = 192 * 1024
@@ -85,8 +86,9 @@ class HopperConfig:
         return self.packed_bytes
 
     def illegal_on(self, device: GpuDevice) -> tuple[str, ...]:
-        reason = _without_products(device)
-        return (reason,) if reason else ()
+        reasons = igemm.beyond(device, self.block_shared_bytes, THREADS)
+        missing = _without_products(device)
+        return (*reasons, missing) if missing else tuple(reasons)
 
 
 def block_shared_bytes(filters: int) -> int:
@@ -152,11 +154,18 @@ def pack(filters: Any) -> Any:
     return packed
 
 
+def pack_once(filters: Any) -> Any:
+    """For calls on any stream, which do not wait for the one that packs: so the host does."""
+    packed = pack(filters)
+    runtime().wait()
+    return packed
+
+
 def run(spec: FusionSpec, config: HopperConfig, operands: Operands, out: Any) -> None:
     """Writes a contraction to `out`; with return_sum the merged map first, which then is the only source."""
     spec, operands = igemm.in_one_launch(spec, operands)
     kept, address = operands.filters, runtime().address
-    packed = kept.packed(SOURCE, pack) if isinstance(kept, Filters) else pack(kept)
+    packed = kept.packed(SOURCE, pack_once) if isinstance(kept, Filters) else pack(kept)
     most = capacity(len(operands.sources))
     params = np.zeros(1, struct(most))
     head = params[0]
@@ -231,7 +240,12 @@ def slow(spec: FusionSpec) -> tuple[str, ...]:
 @functools.cache
 def without_products() -> str | None:
     """Why this machine's GPU has none of these kernels' instructions; None where it has, or where there is no GPU."""
-    return None if host.reasons_unusable() else _without_products(host.device())
+    if host.reasons_unusable():
+        return None
+    version = host.compiler()
+    if version < OLDEST_COMPILER:
+        return f"CUDA's compiler is {version[0]}.{version[1]}, needs {OLDEST_COMPILER[0]}.{OLDEST_COMPILER[1]} or newer"
+    return _without_products(host.device())
 
 
 def _kernel(merge: Merge, contraction: type[Conv2d] | type[Dense], dtype: str) -> Kernel:
