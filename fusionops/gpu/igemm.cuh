@@ -75,13 +75,9 @@ __device__ __forceinline__ Wide<T> biased(const IgemmParams<SOURCES>& p, i64 k, 
     return p.bias ? add_rn(y, widen(static_cast<const T*>(p.bias)[k])) : y;
 }
 template <class T, int SOURCES>
-__device__ __forceinline__ Wide<T> ended(const IgemmParams<SOURCES>& p, i64 residual, i64 k, Wide<T> y) {
-    if (p.residual.base) y = add_rn(y, load_residual<T>(p, residual, k));
-    return activated<Wide<T>>(p.activation, p.slope, y);
-}
-template <class T, int SOURCES>
 __device__ __forceinline__ Wide<T> ended(const IgemmParams<SOURCES>& p, const Pixel& at, i64 k, Wide<T> y) {
-    return ended<T>(p, residual_offset(p, at), k, y);
+    if (p.residual.base) y = add_rn(y, load_residual<T>(p, residual_offset(p, at), k));
+    return activated<Wide<T>>(p.activation, p.slope, y);
 }
 template <int SOURCES>
 __device__ __forceinline__ i64 place_of(const IgemmParams<SOURCES>& p, const Pixel& at, i64 k) {
@@ -90,10 +86,6 @@ __device__ __forceinline__ i64 place_of(const IgemmParams<SOURCES>& p, const Pix
 
 // All of it.
 template <class T, int SOURCES>
-__device__ __forceinline__ void finish(const IgemmParams<SOURCES>& p, i64 to, i64 residual, i64 k, Wide<T> y) {
-    static_cast<T*>(p.out)[to + k * p.out_steps[3]] = narrow<T>(ended<T>(p, residual, k, biased<T>(p, k, y)));
-}
-template <class T, int SOURCES>
 __device__ __forceinline__ void finish(const IgemmParams<SOURCES>& p, const Pixel& at, i64 k, Wide<T> y) {
-    finish<T>(p, out_offset(p, at), residual_offset(p, at), k, y);
+    static_cast<T*>(p.out)[place_of(p, at, k)] = narrow<T>(ended<T>(p, at, k, biased<T>(p, k, y)));
 }
