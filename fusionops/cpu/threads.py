@@ -1,9 +1,11 @@
-"""The one owner of parallel launches: a pool of threads that take the tasks of a launch one by one.
+"""The one owner of parallel launches: a pool of threads that share the tasks of a launch.
 
     for index in range(tasks): task(params, index, slot)
 
-`slot` numbers the threads of one launch and picks scratch memory. The caller works too, and waits only for tasks that
-another thread has begun: a worker that the system has not scheduled by then costs nothing. Why not numba's layers:
+`slot` is the number of the thread, 0 the caller's, and picks scratch memory. Each thread has a range of the tasks, the
+same one in each launch of as many, so that what it read or wrote in the last call is still in its core's cache; when
+its range is done it helps with the others'. The caller works too, and waits only for tasks that another thread has
+begun: a worker that the system has not scheduled by then costs nothing. Why not numba's layers:
 `docs/decisions/0002-a-thread-pool-of-our-own.md`.
 """
 
@@ -28,7 +30,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from fusionops.cpu import jit
-from fusionops.cpu.memory import address
+from fusionops.cpu.memory import address, allocate
 from fusionops.cpu.simd import I32, I64, words
 
 LOG = logging.getLogger(__name__)
@@ -36,12 +38,14 @@ LOG = logging.getLogger(__name__)
 # Words of a pool, each at the start of a cache line of its own where two threads write.
 OPEN = 0  # 1 while the tasks of a launch may be taken
 ACTIVE = 8  # workers that may be looking at the launch
-NEXT = 16  # the task that is handed out next
-TASK, PARAMS, LAST, SLOTS = 24, 25, 26, 27  # of the launch
-TAKEN = 48  # slots that threads of the launch have taken
-STOP = 32  # 1 when the process ends
-BELL = 40  # a POSIX semaphore that wakes a worker at each post, whichever it is
-POOL_WORDS = 64
+TASK, PARAMS, SLOTS = 16, 17, 18  # of the launch
+STOP = 24  # 1 when the process ends
+BORN = 32  # workers that have begun: the number of each is how many there are with it
+THREAD = 40  # from here on THREAD_WORDS for each thread:
+NEXT, LAST = 0, 1  # the task of its range that is handed out next, and where the range ends
+BELL = 8  # a POSIX semaphore that wakes it
+THREAD_WORDS = 16
+MOST_THREADS = 1024  # of a launch
 
 # How often a worker asks for the next launch before it sleeps, yielding in between: some 50 µs, in which calls that
 # follow one another find it awake.
@@ -110,10 +114,26 @@ def _serial(function, params, first, last):
         call_task(function, params, index, 0)
 
 
+@jit.inline
+def _take(pool, slot):
+    """Runs tasks of an open launch until none is left: first the thread's own, then those of the threads after it."""
+    p = words(pool)
+    slots = p[SLOTS]
+    for turn in range(slots):
+        place = THREAD + (slot + turn) % slots * THREAD_WORDS
+        index = fetch_add(pool + 8 * (place + NEXT), 1)
+        while index < p[place + LAST]:
+            call_task(p[TASK], p[PARAMS], index, slot)
+            index = fetch_add(pool + 8 * (place + NEXT), 1)
+
+
 def _work(pool):
     """A worker's life: sleep, look whether a launch is open, take its tasks."""
     p = words(pool)
-    bell = pool + 8 * BELL
+    number = fetch_add(pool + 8 * BORN, 1) + 1
+    if number >= MOST_THREADS:
+        return
+    bell = pool + 8 * (THREAD + number * THREAD_WORDS + BELL)
     while True:
         tries = 0
         while sem_trywait(bell) != 0:
@@ -125,29 +145,23 @@ def _work(pool):
         if fetch_add(pool + 8 * STOP, 0) != 0:
             return
         fetch_add(pool + 8 * ACTIVE, 1)  # before looking: who closes a launch waits for all who may have seen it open
-        if fetch_add(pool + 8 * OPEN, 0) != 0:
-            slot = fetch_add(pool + 8 * TAKEN, 1)
-            if slot < p[SLOTS]:
-                index = fetch_add(pool + 8 * NEXT, 1)
-                while index < p[LAST]:
-                    call_task(p[TASK], p[PARAMS], index, slot)
-                    index = fetch_add(pool + 8 * NEXT, 1)
+        if fetch_add(pool + 8 * OPEN, 0) != 0 and number < p[SLOTS]:
+            _take(pool, number)
         fetch_add(pool + 8 * ACTIVE, -1)
 
 
 def _launch(pool, function, params, first, last, slots):
     """Opens a launch, wakes slots - 1 workers, works, closes the launch and waits for who is still at a task."""
     p = words(pool)
-    p[TASK], p[PARAMS], p[LAST], p[SLOTS] = function, params, last, slots
-    exchange(pool + 8 * NEXT, first)
-    exchange(pool + 8 * TAKEN, 1)  # 0 is the caller's
+    p[TASK], p[PARAMS], p[SLOTS] = function, params, slots
+    for slot in range(slots):
+        place = THREAD + slot * THREAD_WORDS
+        p[place + LAST] = first + (last - first) * (slot + 1) // slots
+        exchange(pool + 8 * (place + NEXT), first + (last - first) * slot // slots)
     exchange(pool + 8 * OPEN, 1)
-    for _ in range(slots - 1):
-        sem_post(pool + 8 * BELL)
-    index = fetch_add(pool + 8 * NEXT, 1)
-    while index < last:
-        call_task(function, params, index, 0)
-        index = fetch_add(pool + 8 * NEXT, 1)
+    for slot in range(1, slots):
+        sem_post(pool + 8 * (THREAD + slot * THREAD_WORDS + BELL))
+    _take(pool, 0)
     exchange(pool + 8 * OPEN, 0)
     while fetch_add(pool + 8 * ACTIVE, 0) != 0:
         sched_yield(0)
@@ -173,12 +187,19 @@ class Pool:
 
     def __init__(self) -> None:
         self.lock = threading.Lock()  # one launch at a time
-        self.words = np.zeros(POOL_WORDS, np.int64)
+        area = allocate(8 * (THREAD + MOST_THREADS * THREAD_WORDS))
         # A worker may look at the words while the interpreter dismantles itself: they are never freed.
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.words))
-        self.address = address(self.words)
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(area.array))
+        area.array[:] = 0
+        self.address = area.start
+        start = area.start - address(area.array)
+        self.words = area.array[start : start + area.size].view(np.int64)
         self.workers: list[threading.Thread] = []
-        ctypes.CDLL(None).sem_init(ctypes.c_void_p(self.address + 8 * BELL), 0, 0)
+        for number in range(MOST_THREADS):
+            ctypes.CDLL(None).sem_init(self._bell(number), 0, 0)
+
+    def _bell(self, number: int) -> ctypes.c_void_p:
+        return ctypes.c_void_p(self.address + 8 * (THREAD + number * THREAD_WORDS + BELL))
 
     def grow(self, count: int) -> None:
         """Makes sure that there are `count` workers, or as many as the system allows: fewer only take longer."""
@@ -195,8 +216,8 @@ class Pool:
     def stop(self) -> None:
         """Ends the workers, so that none is in compiled code when that goes."""
         self.words[STOP] = 1
-        for _ in self.workers:
-            ctypes.CDLL(None).sem_post(ctypes.c_void_p(self.address + 8 * BELL))
+        for number in range(1, int(self.words[BORN]) + 1):
+            ctypes.CDLL(None).sem_post(self._bell(number))
         for worker in self.workers:
             worker.join(timeout=1.0)
 
@@ -270,7 +291,7 @@ def parallel_for(task: int, params: int, tasks: int, threads: int, flops_per_tas
 
     While another Python thread's launch has the pool, the caller works alone: the bits are the same.
     """
-    flops = tasks * flops_per_task
+    flops, threads = tasks * flops_per_task, min(threads, MOST_THREADS)
     if threads > 1 and tasks > 1 and flops >= SERIAL_FLOPS:
         pool = _pool()
         if pool.lock.acquire(blocking=False):
