@@ -47,6 +47,7 @@ OUTER_PIXELS = 24
 # many and their sums stay in L1.
 OUTER_VECTORS = 32
 OUTER_BYTES = 32 * 1024
+EVEN_BLOCKS = 4  # more blocks than this come in multiples of it, so that threads get equally many
 # Filters of a task that stay in L2 beside its pixels: then all of them are multiplied with one register tile of pixels
 # after the other, and outputs and residuals are whole rows. Took 0.86 of the time for 256 filters of 64 channels with a
 # residual, 0.92 and 0.96 in two small problems, no less in three others; with 1 MiB 1.05 in one of 768 channels.
@@ -104,7 +105,9 @@ def plan(spec: FusionSpec, device: CpuDevice) -> GemmTiling:
     if is_outer:
         vectors = -(-filters * item // VECTOR_BYTES)
         most = min(OUTER_VECTORS, OUTER_BYTES // (pixels * VECTOR_BYTES), -(-vectors // 2))
-        mr, nv = 1, balanced(vectors, max(1, most))
+        count = -(-vectors // max(1, most))
+        count = -(-count // EVEN_BLOCKS) * EVEN_BLOCKS if count > EVEN_BLOCKS else count
+        mr, nv = 1, -(-vectors // count)
     width = nv * VECTOR_BYTES // item
     blocks = -(-filters // width)
     task_blocks = 1 if is_outer else balanced(blocks, max(1, TASK_FILTERS // width))
