@@ -138,7 +138,7 @@ def choose(spec: FusionSpec, name: str) -> tuple[Kernel, Config]:
 def run(call: Call, requested: str | None) -> Any:
     """The result of a bound call: in `out` where there is one, else in a new array; with return_sum the sum too."""
     name = call.home if requested is None else _named(call, requested)
-    kernel, config = _planned(call.judgement, name)
+    kernel, config = planned(call.judgement, name)
     if call.home == "cpu":
         return _run(call, kernel, config)
     chosen = backend(name)
@@ -234,7 +234,7 @@ def explain(call: Call, requested: str | None) -> Explanation:
     """What `run` would do with a bound call. Runs nothing; raises what `run` would raise."""
     spec = call.judgement.spec
     name = _named(call, requested)
-    kernel, config = _planned(call.judgement, name)
+    kernel, config = planned(call.judgement, name)
     counted = cost(call, requested)
     formed = counted.contraction_flops if config is None or kernel.products is None else 2 * kernel.products(spec)
     others = tuple(
@@ -248,7 +248,7 @@ def explain(call: Call, requested: str | None) -> Explanation:
 def cost(call: Call, requested: str | None) -> FusedCost:
     """What a bound call costs, with the scratch memory of the kernel that would run it. Runs nothing."""
     name = _named(call, requested)
-    _, config = _planned(call.judgement, name)
+    _, config = planned(call.judgement, name)
     if config is None:
         return analyse(call.judgement.spec)
     scratch_bytes = config.scratch_bytes * backend(name).threads() + config.shared_bytes
@@ -304,7 +304,7 @@ def _named(call: Call, requested: Any) -> str:
     return name
 
 
-def _planned(judgement: Judgement, name: str) -> tuple[Kernel, Config | None]:
+def planned(judgement: Judgement, name: str) -> tuple[Kernel, Config | None]:
     """As `choose`, but an empty result is not planned: a plan may take for granted that there is something to run."""
     if 0 in judgement.shape:
         return select(judgement.spec, name), None

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from fusionops.spec import FusionSpec, Layout
 
@@ -38,6 +38,7 @@ class Filters:
         if hasattr(self.array.flags, "writeable"):
             self.array.flags.writeable = False
         self.layout = layout
+        self.kind = (type(array), self.shape, array.dtype, layout)  # what a call with them depends on
         self._packed: dict[object, Array] = {}
 
     @property
@@ -53,6 +54,15 @@ class Filters:
 
     def __repr__(self) -> str:
         return f"Filters({self.array.shape} {self.array.dtype} {self.layout}, packed {len(self._packed)} ways)"
+
+
+class Strides(NamedTuple):
+    """The strides of a call's arrays, in bytes; None stands for an array that is not there, or packed already."""
+
+    sources: tuple[tuple[int, ...], ...]
+    filters: tuple[int, ...] | None
+    residual: tuple[int, ...] | None
+    out: tuple[int, ...]
 
 
 @dataclass(slots=True)
@@ -76,6 +86,26 @@ class Operands:
     residual_weight: Any = None
     merged: Array | None = None
 
+    @property
+    def kept_filters(self) -> Filters | None:
+        """The filters, where they are packed once."""
+        return self.filters if isinstance(self.filters, Filters) else None
+
+    def arrays(self, out: Array) -> list[Array]:
+        """Every array that a call without weights reads, and `out` last; filters that are packed once are none."""
+        others = (self.filters, self.bias, self.residual)
+        return [*self.sources, *[a for a in others if a is not None and not isinstance(a, Filters)], out]
+
+    def strides(self, out: Array) -> Strides:
+        filters = None if self.filters is None or isinstance(self.filters, Filters) else self.filters.strides
+        residual = None if self.residual is None else self.residual.strides
+        return Strides(tuple([source.strides for source in self.sources]), filters, residual, out.strides)
+
+
+# A call made again with other arrays of the same strides: their addresses (sources, what there is of filters that are
+# an array, bias and residual, out), and filters that are packed once.
+Replay = Callable[[Sequence[int], Filters | None], None]
+
 
 @dataclass(frozen=True)
 class Kernel:
@@ -86,6 +116,7 @@ class Kernel:
     products(spec)      multiply-adds that it forms, fill included, where these are not the definition's
     plan(spec, device)  how it would run; pure
     run(spec, config, operands, out)   writes out; validates nothing, decides nothing
+    replay(spec, config, strides)   a shorter way to run it again without weights, to the same bits; None: there is none
     """
 
     name: str
@@ -94,3 +125,4 @@ class Kernel:
     run: Callable[[FusionSpec, Any, Operands, Array], None]
     slow: Callable[[FusionSpec], tuple[str, ...]] = lambda spec: ()
     products: Callable[[FusionSpec], int] | None = None
+    replay: Callable[[FusionSpec, Any, Strides], Replay | None] = lambda spec, config, strides: None

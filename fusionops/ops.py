@@ -20,6 +20,7 @@ from fusionops.binding import Source as Source  # public with the ops that take 
 from fusionops.cost import FusedCost
 from fusionops.dispatch import Explanation, Info
 from fusionops.kernel import Filters
+from fusionops.perform import perform
 
 
 def add(
@@ -56,8 +57,8 @@ def add(
     array([[ 8., 11.],
            [ 0.,  0.]])
     """
-    call = bind_merge("add", sources, weights=weights, normalize=normalize, activation=activation, out=out)
-    return dispatch.run(call, backend)
+    options = {"weights": weights, "normalize": normalize, "activation": activation}
+    return perform(bind_merge, "add", sources, (), out, backend, options)
 
 
 def concat(sources: Any, *, axis: int = -1, out: Any = None, backend: str | None = None) -> Any:
@@ -78,7 +79,7 @@ def concat(sources: Any, *, axis: int = -1, out: Any = None, backend: str | None
     >>> concat([np.array([[1, 2]]), np.array([[3]])])
     array([[1, 2, 3]])
     """
-    return dispatch.run(bind_merge("concat", sources, axis=axis, out=out), backend)
+    return perform(bind_merge, "concat", sources, (), out, backend, {"axis": axis})
 
 
 def add_conv(
@@ -137,26 +138,20 @@ def add_conv(
     >>> y.item(), m.reshape(2, 3).tolist()
     (30.0, [[0.0, 2.0, 4.0], [6.0, 8.0, 10.0]])
     """
-    call = bind_conv(
-        "add_conv",
-        sources,
-        filters,
-        bias,
-        stride=stride,
-        padding=padding,
-        dilation=dilation,
-        groups=groups,
-        weights=weights,
-        normalize=normalize,
-        residual=residual,
-        activation=activation,
-        layout=layout,
-        strict=strict,
-        precision=precision,
-        return_sum=return_sum,
-        out=out,
-    )
-    return dispatch.run(call, backend)
+    options = {
+        "stride": stride,
+        "padding": padding,
+        "dilation": dilation,
+        "groups": groups,
+        "weights": weights,
+        "normalize": normalize,
+        "activation": activation,
+        "layout": layout,
+        "strict": strict,
+        "precision": precision,
+        "return_sum": return_sum,
+    }
+    return perform(bind_conv, "add_conv", sources, (filters, bias, residual), out, backend, options)
 
 
 def concat_conv(
@@ -197,23 +192,17 @@ def concat_conv(
     array([[6., 6.],
            [6., 6.]])
     """
-    call = bind_conv(
-        "concat_conv",
-        sources,
-        filters,
-        bias,
-        stride=stride,
-        padding=padding,
-        dilation=dilation,
-        groups=groups,
-        residual=residual,
-        activation=activation,
-        layout=layout,
-        strict=strict,
-        precision=precision,
-        out=out,
-    )
-    return dispatch.run(call, backend)
+    options = {
+        "stride": stride,
+        "padding": padding,
+        "dilation": dilation,
+        "groups": groups,
+        "activation": activation,
+        "layout": layout,
+        "strict": strict,
+        "precision": precision,
+    }
+    return perform(bind_conv, "concat_conv", sources, (filters, bias, residual), out, backend, options)
 
 
 def add_dense(
@@ -249,19 +238,13 @@ def add_dense(
     >>> add_dense([np.array([1.0, 2.0]), np.array([10.0, 20.0])], np.array([[1.0, 0.0, 2.0], [0.0, 1.0, 2.0]]))
     array([11., 22., 66.])
     """
-    call = bind_dense(
-        "add_dense",
-        sources,
-        matrix,
-        bias,
-        weights=weights,
-        normalize=normalize,
-        residual=residual,
-        activation=activation,
-        precision=precision,
-        out=out,
-    )
-    return dispatch.run(call, backend)
+    options = {
+        "weights": weights,
+        "normalize": normalize,
+        "activation": activation,
+        "precision": precision,
+    }
+    return perform(bind_dense, "add_dense", sources, (matrix, bias, residual), out, backend, options)
 
 
 def concat_dense(
@@ -292,17 +275,11 @@ def concat_dense(
     >>> concat_dense([x, y], np.array([[1.0], [10.0], [100.0]]), np.array([-1000.0]))
     array([[-679.]])
     """
-    call = bind_dense(
-        "concat_dense",
-        sources,
-        matrix,
-        bias,
-        residual=residual,
-        activation=activation,
-        precision=precision,
-        out=out,
-    )
-    return dispatch.run(call, backend)
+    options = {
+        "activation": activation,
+        "precision": precision,
+    }
+    return perform(bind_dense, "concat_dense", sources, (matrix, bias, residual), out, backend, options)
 
 
 def prepack(filters: Any, *, layout: str = "NHWC") -> Filters:

@@ -112,7 +112,7 @@ def plain_sources(sources: Any, is_plain: IsPlain) -> tuple[tuple[Array, ...], t
     for array in sources:
         prologue = None
         if type(array) is Source:
-            if not _is_upsampled_alone(array):
+            if not is_upsampled_alone(array):
                 return None
             prologue, array = _UPSAMPLED[array.upsample], array.array
         if not is_plain(array):
@@ -127,7 +127,7 @@ def plain_sources(sources: Any, is_plain: IsPlain) -> tuple[tuple[Array, ...], t
 _UPSAMPLED = {1: None, **{factor: Prologue((factor, factor)) for factor in range(2, 17)}}
 
 
-def _is_upsampled_alone(source: Source) -> bool:
+def is_upsampled_alone(source: Source) -> bool:
     return (
         type(source.upsample) is int
         and source.upsample in _UPSAMPLED

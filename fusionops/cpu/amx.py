@@ -210,7 +210,7 @@ def _kernel(merge: Merge, contraction: type[Conv2d] | type[Dense]) -> Kernel:
     word = "conv" if contraction is Conv2d else "dense"
     algorithm = "direct" if contraction is Conv2d else "gemm"
     name = f"cpu.{merge}_{word}_fprop_{algorithm}_amx_bf16"
-    return Kernel(name, unsupported, plan, partial(launch.run, TILES), slow, products)
+    return Kernel(name, unsupported, plan, partial(launch.run, TILES), slow, products, partial(launch.replay, TILES))
 
 
 KERNELS = tuple(_kernel(merge, contraction) for merge in Merge for contraction in (Conv2d, Dense))

@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from fusionops.address import address
 from fusionops.cpu import activation
 from fusionops.cpu import params as at
-from fusionops.cpu.memory import ALIGNMENT, address
+from fusionops.cpu.memory import ALIGNMENT
 from fusionops.cpu.tiling import Tiling
 from fusionops.kernel import Operands
 from fusionops.spec import ITEM_BYTES, Conv2d, Dense, FusionSpec, Layout, Merge, SourceSpec

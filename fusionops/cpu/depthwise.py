@@ -189,7 +189,11 @@ def _kernel(merge: Merge, dtype: str) -> Kernel:
         return tuple(reasons)
 
     return Kernel(
-        f"cpu.{merge}_conv_fprop_depthwise_{FORMATS[dtype].suffix}", unsupported, plan, partial(launch.run, DEPTHWISE)
+        f"cpu.{merge}_conv_fprop_depthwise_{FORMATS[dtype].suffix}",
+        unsupported,
+        plan,
+        partial(launch.run, DEPTHWISE),
+        replay=partial(launch.replay, DEPTHWISE),
     )
 
 

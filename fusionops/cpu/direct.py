@@ -59,7 +59,11 @@ def _kernel(merge: Merge, dtype: str) -> Kernel:
         return tuple(reasons)
 
     return Kernel(
-        f"cpu.{merge}_conv_fprop_direct_{FORMATS[dtype].suffix}", unsupported, plan, partial(launch.run, TAP_BY_TAP)
+        f"cpu.{merge}_conv_fprop_direct_{FORMATS[dtype].suffix}",
+        unsupported,
+        plan,
+        partial(launch.run, TAP_BY_TAP),
+        replay=partial(launch.replay, TAP_BY_TAP),
     )
 
 

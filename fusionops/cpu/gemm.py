@@ -209,7 +209,11 @@ def _kernel(merge: Merge, contraction: type[Conv2d] | type[Dense], dtype: str) -
 
     word = "conv" if contraction is Conv2d else "dense"
     return Kernel(
-        f"cpu.{merge}_{word}_fprop_gemm_{FORMATS[dtype].suffix}", unsupported, plan, partial(launch.run, ROWS)
+        f"cpu.{merge}_{word}_fprop_gemm_{FORMATS[dtype].suffix}",
+        unsupported,
+        plan,
+        partial(launch.run, ROWS),
+        replay=partial(launch.replay, ROWS),
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from fusionops import kernel
 from fusionops.cpu import launch
 from fusionops.cpu.conv import conv_task
 from fusionops.cpu.direct import TAP_BY_TAP, common_reasons
@@ -20,7 +21,7 @@ from fusionops.cpu.simd import VECTOR_BYTES
 from fusionops.cpu.tiling import ConvTiling
 from fusionops.cpu.tiling import plan as plan_taps
 from fusionops.device import CpuDevice
-from fusionops.kernel import Kernel, Operands
+from fusionops.kernel import Kernel, Operands, Replay
 from fusionops.spec import Conv2d, FusionSpec, Merge
 
 # Of a register tile: against 24, which registers would hold, 0.69 to 0.81 of the time in six problems; 12 to 16 0.72 to
@@ -61,6 +62,11 @@ def run(spec: FusionSpec, tiling: ConvTiling, operands: Operands, out: np.ndarra
     launch.run(algorithm, joined, tiling, operands, out)
 
 
+def replay(spec: FusionSpec, tiling: ConvTiling, strides: kernel.Strides) -> Replay | None:
+    joined, algorithm = _joined(spec)
+    return launch.replay(algorithm, joined, tiling, strides)
+
+
 def _kernel(merge: Merge, dtype: str) -> Kernel:
     def unsupported(spec: FusionSpec) -> tuple[str, ...]:
         reasons = common_reasons(spec, merge, dtype)
@@ -73,7 +79,7 @@ def _kernel(merge: Merge, dtype: str) -> Kernel:
         return tuple(reasons)
 
     name = f"cpu.{merge}_conv_fprop_grouped_{FORMATS[dtype].suffix}"
-    return Kernel(name, unsupported, plan, run)
+    return Kernel(name, unsupported, plan, run, replay=replay)
 
 
 KERNELS = tuple(_kernel(merge, dtype) for merge in Merge for dtype in FORMATS)

@@ -154,7 +154,9 @@ def entry(signature: Any, function: Callable[..., Any]) -> Callable[..., Any]:
             made._cache = _MachineCode(function)
         made.compile(signature)
         made.disable_compile()
-        return made  # type: ignore[no-any-return]  # a dispatcher, which is untyped in numba
+        _KEEP.append(made)
+        # The function itself: the dispatcher would look at the types of its arguments first, for 0.3 µs.
+        return made.overloads[signature.args].entry_point  # type: ignore[no-any-return]  # untyped in numba
 
     return _compile(make)
 

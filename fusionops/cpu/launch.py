@@ -8,18 +8,20 @@ from __future__ import annotations
 import functools
 import math
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from fusionops import kernel
+from fusionops.address import address
 from fusionops.cpu import params as at
 from fusionops.cpu import stream, threads
 from fusionops.cpu.block import Strides, Words, block, filter_words, weight_word, widened
 from fusionops.cpu.epilogue import tile_finisher, tile_scatterer
 from fusionops.cpu.formats import FORMATS
-from fusionops.cpu.memory import WORKSPACE, Area, address, allocate
+from fusionops.cpu.memory import WORKSPACE, Area, allocate
 from fusionops.cpu.prologue import tile_loader
 from fusionops.cpu.tiling import Tiling
 from fusionops.kernel import Filters, Operands
@@ -52,15 +54,44 @@ class Algorithm:
 class Prepared:
     """All of a call that its arrays' addresses do not decide.
 
-    in_place   whether filters of these strides need no packing
+    filters    strides of those that have to be packed for the call; None: they are kept packed, or need not be
+    places     words that hold addresses: of sources, filters, bias, residual and output, as far as there are
     """
 
+    algorithm: Algorithm
+    spec: FusionSpec
+    tiling: Tiling
+    filters: Strides | None
     words: array[int]
+    places: tuple[int, ...]
     task: int
     tasks: int
     flops_per_task: float
     slot_bytes: int
-    in_place: bool
+
+    def replay(self, addresses: Sequence[int], filters: Filters | None) -> None:
+        """Runs a call without weights."""
+        words = self.words[:]
+        for place, start in zip(self.places, addresses, strict=True):
+            words[place] = start
+        self.launch(words, filters)
+
+    def launch(self, words: array[int], filters: Filters | None) -> None:
+        """Runs the call that the words describe."""
+        count, tiling = threads.get_num_threads(), self.tiling
+        slots_bytes = self.slot_bytes * count
+        if filters is not None:
+            words[at.FILTERS] = _kept(self.algorithm, self.spec, tiling, filters).start
+        area = WORKSPACE.borrow(slots_bytes if self.filters is None else slots_bytes + tiling.shared_bytes)
+        try:
+            if self.filters is not None:
+                packed = area.start + slots_bytes
+                pack(self.algorithm, self.spec, tiling, self.filters, words[at.FILTERS], packed)
+                words[at.FILTERS] = packed
+            words[at.SCRATCH] = area.start
+            threads.parallel_for(self.task, words.buffer_info()[0], self.tasks, count, self.flops_per_task)
+        finally:
+            WORKSPACE.give_back(area)
 
 
 @functools.lru_cache(maxsize=512)
@@ -70,8 +101,8 @@ def prepare(
     tiling: Tiling,
     sources: tuple[Strides, ...],
     filters: Strides | None,
-    out: Strides,
     residual: Strides | None,
+    out: Strides,
 ) -> Prepared:
     """The fixed words with the machine code they are for; filters None stands for packed ones."""
     words = block(spec, tiling, sources, out, residual)
@@ -79,13 +110,19 @@ def prepare(
     words[at.LOAD_TILE] = tile_loader(tiling.bits, tiling.kept, stored)
     words[[at.FINISH_TILE, at.SCATTER_TILE]] = tile_finisher(tiling.bits, stored), tile_scatterer(tiling.bits, stored)
     tasks, in_place = algorithm.cut(spec, tiling, words, filters)
+    places = [at.SOURCES + at.SOURCE_WORDS * j for j in range(len(sources))]
+    places += [at.FILTERS] * (filters is not None) + [at.BIAS] * spec.bias + [at.RESIDUAL] * (residual is not None)
     return Prepared(
+        algorithm,
+        spec,
+        tiling,
+        filters=None if in_place else filters,
         words=array("q", words.tobytes()),
+        places=(*places, at.OUT),
         task=algorithm.task(tiling),
         tasks=tasks,
         flops_per_task=2.0 * math.prod(spec.gemm) * spec.conv.groups / max(1, tasks),
         slot_bytes=int(words[at.SCRATCH_BYTES]),
-        in_place=in_place,
     )
 
 
@@ -99,11 +136,11 @@ def prepare_packing(
     return words, algorithm.pack_task(tiling.bits, FORMATS[spec.dtype].stored), groups * tiling.blocks
 
 
-def pack(algorithm: Algorithm, spec: FusionSpec, tiling: Tiling, filters: Any, packed: int) -> None:
-    """Writes the filters in the order of the task to the address `packed`."""
-    template, task, tasks = prepare_packing(algorithm, spec, tiling, filters.strides)
+def pack(algorithm: Algorithm, spec: FusionSpec, tiling: Tiling, strides: Strides, filters: int, packed: int) -> None:
+    """Writes the filters at one address in the order of the task to another."""
+    template, task, tasks = prepare_packing(algorithm, spec, tiling, strides)
     words = template[:]
-    words[0], words[1] = packed, address(filters)
+    words[0], words[1] = packed, filters
     flops = PACKING_FLOPS * tiling.packed_elements / tasks
     threads.parallel_for(task, words.buffer_info()[0], tasks, threads.get_num_threads(), flops)
 
@@ -114,47 +151,22 @@ def run(algorithm: Algorithm, spec: FusionSpec, tiling: Tiling, operands: Operan
         spec, operands = stream.store_merged(spec, operands)
     if FORMATS[spec.dtype].is_narrow:
         operands = widened(operands)
-    residual = operands.residual
-    filters: Any = operands.filters
-    is_kept = isinstance(filters, Filters)
-    prepared = prepare(
-        algorithm,
-        spec,
-        tiling,
-        tuple([source.strides for source in operands.sources]),
-        None if is_kept else filters.strides,
-        out.strides,
-        None if residual is None else residual.strides,
-    )
-    words, count = prepared.words[:], threads.get_num_threads()
-    slots_bytes = prepared.slot_bytes * count
-    packed = 0
-    if is_kept:
-        packed = _kept(algorithm, spec, tiling, filters).start
-    elif prepared.in_place:
-        packed = address(filters)
-    area = WORKSPACE.borrow(slots_bytes if packed else slots_bytes + tiling.shared_bytes)
-    try:
-        if not packed:
-            packed = area.start + slots_bytes
-            pack(algorithm, spec, tiling, filters, packed)
-        words[at.SCRATCH], words[at.FILTERS] = area.start, packed
-        words[at.OUT] = address(out)
-        if operands.bias is not None:
-            words[at.BIAS] = address(operands.bias)
-        if residual is not None:
-            words[at.RESIDUAL] = address(residual)
-            words[at.RESIDUAL_FACTOR] = weight_word(operands.residual_weight)
-        place = at.SOURCES
-        for source in operands.sources:
-            words[place] = address(source)
-            place += at.SOURCE_WORDS
-        for j, weight in enumerate(operands.weights):
-            if weight is not None:
-                words[at.SOURCES + at.SOURCE_WORDS * j + at.S_FACTOR] = weight_word(weight)
-        threads.parallel_for(prepared.task, words.buffer_info()[0], prepared.tasks, count, prepared.flops_per_task)
-    finally:
-        WORKSPACE.give_back(area)
+    prepared = prepare(algorithm, spec, tiling, *operands.strides(out))
+    words, kept = prepared.words[:], operands.kept_filters
+    for place, operand in zip(prepared.places, operands.arrays(out), strict=True):
+        words[place] = address(operand)
+    words[at.RESIDUAL_FACTOR] = weight_word(operands.residual_weight)
+    for j, weight in enumerate(operands.weights):
+        if weight is not None:
+            words[at.SOURCES + at.SOURCE_WORDS * j + at.S_FACTOR] = weight_word(weight)
+    prepared.launch(words, kept)
+
+
+def replay(algorithm: Algorithm, spec: FusionSpec, tiling: Tiling, strides: kernel.Strides) -> kernel.Replay | None:
+    """`run` without weights, from addresses; None where something has to be written or converted first."""
+    if spec.return_sum or (FORMATS[spec.dtype].is_narrow and spec.bias):
+        return None
+    return prepare(algorithm, spec, tiling, *strides).replay
 
 
 def _kept(algorithm: Algorithm, spec: FusionSpec, tiling: Tiling, filters: Filters) -> Area:
@@ -162,7 +174,7 @@ def _kept(algorithm: Algorithm, spec: FusionSpec, tiling: Tiling, filters: Filte
 
     def make(unpacked: np.ndarray[Any, Any]) -> Area:
         area = allocate(tiling.shared_bytes)
-        pack(algorithm, spec, tiling, unpacked, area.start)
+        pack(algorithm, spec, tiling, unpacked.strides, address(unpacked), area.start)
         return area
 
     key = (algorithm.name, tiling.bits, tiling.nv, tiling.depth, spec.conv.groups, type(spec.contraction))

@@ -13,10 +13,11 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from fusionops.address import address
 from fusionops.cpu import stream, threads
 from fusionops.cpu.host import device
 from fusionops.cpu.jit import task
-from fusionops.cpu.memory import address, allocate
+from fusionops.cpu.memory import allocate
 from fusionops.cpu.microkernel import gemm_rows
 from fusionops.cpu.simd import VECTOR_BYTES, Lanes, word, words
 from fusionops.kernel import Operands

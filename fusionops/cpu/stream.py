@@ -12,12 +12,15 @@ import dataclasses
 import functools
 import math
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from fusionops.axes import Strides, add_grid, row_step
+from fusionops.address import address
+from fusionops.axes import Strides as Steps
+from fusionops.axes import add_grid, row_step
 from fusionops.cpu import activation, threads
 from fusionops.cpu.add_task import HEAD, add_task, operand_words
 from fusionops.cpu.block import WEIGHT_KINDS, weight_word, widened
@@ -31,10 +34,9 @@ from fusionops.cpu.concat_task import (
     concat_task,
 )
 from fusionops.cpu.formats import FORMATS
-from fusionops.cpu.memory import address
 from fusionops.cpu.simd import VECTOR_BYTES
 from fusionops.device import CpuDevice
-from fusionops.kernel import Kernel, Operands
+from fusionops.kernel import Filters, Kernel, Operands, Replay, Strides
 from fusionops.refusals import merge_reasons
 from fusionops.spec import ITEM_BYTES, FusionSpec, Merge, SourceSpec
 
@@ -85,9 +87,7 @@ def _config(elements: int, item: int, nontemporal: bool) -> StreamConfig:
 
 
 @functools.lru_cache(maxsize=512)
-def add_block(
-    spec: FusionSpec, config: StreamConfig, strides: tuple[Strides, ...], out: Strides
-) -> tuple[array[int], int]:
+def add_block(spec: FusionSpec, config: StreamConfig, strides: tuple[Steps, ...], out: Steps) -> tuple[array[int], int]:
     """The fixed words of an add, and its number of tasks. Pure."""
     space = add_grid(spec, strides, out)
     inner, rows = space.extents[-1], math.prod(space.extents[:-1])
@@ -127,6 +127,25 @@ def run_add(spec: FusionSpec, config: StreamConfig, operands: Operands, out: np.
         words[start + j * size + 2] = weight_word(weight)
     task = add_task(form.bits, form.stored)
     threads.parallel_for(task, words.buffer_info()[0], tasks, threads.get_num_threads(), config.flops)
+
+
+def replay_add(spec: FusionSpec, config: StreamConfig, strides: Strides) -> Replay | None:
+    """`run_add` without weights, from addresses."""
+    fixed, tasks = add_block(spec, config, strides.sources, strides.out)
+    form = FORMATS[spec.dtype]
+    first, size = HEAD + fixed[1], operand_words(fixed[1])
+    places = [first + j * size for j in (*range(1, len(spec.sources) + 1), 0)]
+    return _replay(add_task(form.bits, form.stored), fixed, tasks, places, config.flops)
+
+
+def _replay(task: int, fixed: array[int], tasks: int, places: list[int], flops: float) -> Replay:
+    def replay(addresses: Sequence[int], filters: Filters | None) -> None:
+        words = fixed[:]
+        for place, start in zip(places, addresses, strict=True):
+            words[place] = start
+        threads.parallel_for(task, words.buffer_info()[0], tasks, threads.get_num_threads(), flops)
+
+    return replay
 
 
 def run_add_any(spec: FusionSpec, config: StreamConfig, operands: Operands, out: np.ndarray[Any, Any]) -> None:
@@ -171,7 +190,7 @@ class ConcatPlan:
 
 
 @functools.lru_cache(maxsize=512)
-def concat_plan(spec: FusionSpec, config: StreamConfig, strides: tuple[Strides, ...], out: Strides) -> ConcatPlan:
+def concat_plan(spec: FusionSpec, config: StreamConfig, strides: tuple[Steps, ...], out: Steps) -> ConcatPlan:
     """Sources with contiguous rows of the result's dtype are copied by tasks; the rest one by one. Pure."""
     axis, item = spec.axis, ITEM_BYTES[spec.dtype]
     rows, first = math.prod(spec.out_shape[:axis]), 0
@@ -224,15 +243,31 @@ def run_concat(spec: FusionSpec, config: StreamConfig, operands: Operands, out: 
             run_add(alone, config, Operands((source,), (weight,)), out[where])
 
 
-def _kernel(name: str, merge: Merge, dtype: str | None, run: Any) -> Kernel:
+def replay_concat(spec: FusionSpec, config: StreamConfig, strides: Strides) -> Replay | None:
+    """`run_concat` from addresses, where all sources are copied by tasks."""
+    plan = concat_plan(spec, config, strides.sources, strides.out)
+    if plan.copied != tuple(range(len(spec.sources))):
+        return None
+    places = [CONCAT_HEAD + j * CONCAT_WORDS for j in plan.copied]
+    return _replay(concat_task(), plan.words, plan.tasks, [*places, CONCAT_HEAD - 1], config.flops)
+
+
+def _kernel(name: str, merge: Merge, dtype: str | None, run: Any, replay: Any) -> Kernel:
     def unsupported(spec: FusionSpec) -> tuple[str, ...]:
         return tuple(merge_reasons(spec, merge, dtype, FORMATS))
 
-    return Kernel(f"cpu.{name}", unsupported, plan, run)
+    return Kernel(f"cpu.{name}", unsupported, plan, run, replay=replay)
+
+
+def _no_replay(spec: FusionSpec, config: StreamConfig, strides: Strides) -> None:
+    return None
 
 
 KERNELS = (
-    *(_kernel(f"add_fprop_stream_{form.suffix}", Merge.ADD, dtype, run_add) for dtype, form in FORMATS.items()),
-    _kernel("concat_fprop_stream_any", Merge.CONCAT, None, run_concat),
-    _kernel("add_fprop_stream_any", Merge.ADD, None, run_add_any),
+    *(
+        _kernel(f"add_fprop_stream_{form.suffix}", Merge.ADD, dtype, run_add, replay_add)
+        for dtype, form in FORMATS.items()
+    ),
+    _kernel("concat_fprop_stream_any", Merge.CONCAT, None, run_concat, replay_concat),
+    _kernel("add_fprop_stream_any", Merge.ADD, None, run_add_any, _no_replay),
 )

@@ -29,8 +29,9 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from fusionops.address import address
 from fusionops.cpu import jit
-from fusionops.cpu.memory import address, allocate
+from fusionops.cpu.memory import allocate
 from fusionops.cpu.simd import I32, I64, words
 
 LOG = logging.getLogger(__name__)
@@ -291,19 +292,22 @@ def parallel_for(task: int, params: int, tasks: int, threads: int, flops_per_tas
 
     While another Python thread's launch has the pool, the caller works alone: the bits are the same.
     """
-    flops, threads = tasks * flops_per_task, min(threads, MOST_THREADS)
+    flops = tasks * flops_per_task
     if threads > 1 and tasks > 1 and flops >= SERIAL_FLOPS:
-        pool = _pool()
+        pool, count = _pool(), min(threads, MOST_THREADS)
         if pool.lock.acquire(blocking=False):
             try:
-                pool.grow(threads - 1)
+                pool.grow(count - 1)
                 launch = _launch_entry()
-                for first, last in _slices(tasks, flops, threads):
-                    launch(pool.address, task, params, first, last, threads)
+                for first, last in _slices(tasks, flops, count):
+                    launch(pool.address, task, params, first, last, count)
             finally:
                 pool.lock.release()
             return
     run = _serial_entry()
+    if flops <= LAUNCH_FLOPS:
+        run(task, params, 0, tasks)
+        return
     for first, last in _slices(tasks, flops, 1):
         run(task, params, first, last)
 

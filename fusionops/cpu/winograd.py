@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from fusionops import kernel
 from fusionops.cpu import launch, stream
 from fusionops.cpu import params as at
 from fusionops.cpu.block import Strides, Words
@@ -39,7 +40,7 @@ from fusionops.cpu.winograd_task import (
     winograd_task,
 )
 from fusionops.device import CpuDevice
-from fusionops.kernel import Kernel, Operands
+from fusionops.kernel import Kernel, Operands, Replay
 from fusionops.spec import Conv2d, FusionSpec, Merge
 
 # Sums of more channels, those of all sections counted, are cut into chunks of this many, which bounds their error:
@@ -232,6 +233,10 @@ def run(spec: FusionSpec, tiling: WinogradTiling, operands: Operands, out: np.nd
     launch.run(_algorithm(taps_of(spec.conv), spec.conv.stride), spec, tiling, operands, out)
 
 
+def replay(spec: FusionSpec, tiling: WinogradTiling, strides: kernel.Strides) -> Replay | None:
+    return launch.replay(_algorithm(taps_of(spec.conv), spec.conv.stride), spec, tiling, strides)
+
+
 def _fewest(conv: Conv2d) -> tuple[int, int]:
     """Terms of a sum, and channels."""
     taps = taps_of(conv)
@@ -307,7 +312,7 @@ def _kernel(merge: Merge, dtype: str) -> Kernel:
         return tuple(reasons)
 
     name = f"cpu.{merge}_conv_fprop_winograd_{FORMATS[dtype].suffix}"
-    return Kernel(name, unsupported, plan, run, slow, products)
+    return Kernel(name, unsupported, plan, run, slow, products, replay)
 
 
 KERNELS = tuple(_kernel(merge, dtype) for merge in Merge for dtype, form in FORMATS.items() if form.bits == BITS)
