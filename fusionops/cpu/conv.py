@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 
 from fusionops.cpu import params as at
-from fusionops.cpu.epilogue import NOWHERE, ask_for_output, finish_tile, scatter_tile
+from fusionops.cpu.epilogue import NOWHERE, RELU, ask_for_output, finish_tile, finishes_in_registers, scatter_tile
 from fusionops.cpu.formats import load_element
 from fusionops.cpu.jit import inline, task
 from fusionops.cpu.microkernel import gemm_tile
@@ -58,7 +58,7 @@ def group_pixels(params, scratch, mr, n, p0, p1, q0, q1):
     # A loaded tile begins where the map does at the latest; a pixel's tap 0 may lie before that.
     origin_h = p[at.PAD_TOP] + max(0, p0 * stride_h - p[at.PAD_TOP])
     origin_w = p[at.PAD_LEFT] + max(0, q0 * stride_w - p[at.PAD_LEFT])
-    has_residual = p[at.RESIDUAL] != 0
+    has_residual, is_turned = p[at.RESIDUAL] != 0, p[at.OUT_K] != 1
     count = 0
     row = p0
     while row < p1:
@@ -84,7 +84,8 @@ def group_pixels(params, scratch, mr, n, p0, p1, q0, q1):
             total = (row_end - row) * width
             end = count + (total + mr - 1) // mr
             for rest in range(place, end * mr):  # a register tile is always full: the rest repeats its last pixel
-                pixels[rest], outs[rest] = pixels[place - 1], NOWHERE
+                pixels[rest], outs[rest] = pixels[place - 1], NOWHERE if is_turned else outs[place - 1]
+                residuals[rest] = residuals[place - 1]
             for tile in range(count, end):
                 head = tile * GROUP_WORDS
                 groups[head], groups[head + 1], groups[head + 2], groups[head + 3] = r0, r1, s0, s1
@@ -129,6 +130,7 @@ def conv_task(bits: int, mr: int, nv: int, gaps: int = 0) -> int:
         block_bytes = p[at.R] * p[at.S] * channels * width * item
         # Sums are kept for as long as they are needed: until the last chunk, or until a whole block is stored at once.
         kept_blocks, kept_tiles = channels > p[at.DEPTH], channels > p[at.DEPTH] or p[at.OUT_K] != 1
+        is_plain = finishes_in_registers(item, params)
         tile_bytes, near_step = mr * width * item, max(1, mr * item // (p[at.R] * p[at.S]))
         for c0 in range(0, channels, p[at.DEPTH]):
             depth = min(p[at.DEPTH], channels - c0)
@@ -159,14 +161,18 @@ def conv_task(bits: int, mr: int, nv: int, gaps: int = 0) -> int:
                 inner, run = s1 - s0, depth
                 if dense_rows:  # neighbouring taps are neighbours in the tile and in the panel: one longer run
                     inner, run = 1, (s1 - s0) * depth
-                if is_last:
+                in_registers = is_last and is_plain and used == width
+                if is_last and not in_registers:
                     ask_for_output(params, outs + g * mr * 8, residuals + g * mr * 8,
                                    groups[head + 4], k0, used)  # fmt: skip
                 near = a + pixel[(g + 1) % count * mr] * depth * item
                 gemm_tile(bits, mr, nv, gaps, a, pixels + g * mr * 8, depth, r1 - r0, a_row, b_row,
                           inner, p[at.DILATION_W] * depth, depth, run, b, width, sums, c0,
-                          following + g * share, step, near, near_step)  # fmt: skip
-                if is_last:
+                          following + g * share, step, near, near_step, in_registers,
+                          p[at.BIAS] + k0 * item if p[at.BIAS] != 0 else 0,
+                          p[at.RESIDUAL] + k0 * item if p[at.RESIDUAL] != 0 else 0, residuals + g * mr * 8,
+                          p[at.ACTIVATION] == RELU, p[at.OUT] + k0 * item, outs + g * mr * 8)  # fmt: skip
+                if is_last and not in_registers:
                     finish_tile(params, sums, width, outs + g * mr * 8, residuals + g * mr * 8, copy,
                                 groups[head + 4], k0, used, p[at.OUT_K] != 1)  # fmt: skip
                     if p[at.OUT_K] != 1 and g + 1 == count:

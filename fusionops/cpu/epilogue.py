@@ -32,6 +32,8 @@ from fusionops.cpu.simd import (
 )
 from fusionops.cpu.transpose import BLOCK_WORDS, stack_words, transpose_block
 
+# With these, sums are finished in the registers that hold them; others need registers of their own.
+PLAIN, RELU = activations.CODES[None], activations.CODES["relu"]
 NOWHERE = -(1 << 62)  # stands for the place of a pixel that only fills up a register tile
 
 
@@ -91,6 +93,18 @@ def finish_rows(typing, bits, rows, to, places, sums, step, count, bias, residua
         return context.get_dummy_value()
 
     return signature, codegen
+
+
+@inline
+def finishes_in_registers(item, params):
+    """Whether sums can go from registers to the output: whole blocks of filters, which lie side by side there."""
+    p = words(params)
+    return (
+        p[at.OUT_K] == 1
+        and p[at.STORED_BYTES] == item
+        and (p[at.ACTIVATION] == PLAIN or p[at.ACTIVATION] == RELU)
+        and (p[at.RESIDUAL] == 0 or (p[at.RESIDUAL_K] == 1 and p[at.RESIDUAL_WEIGHT] == at.WEIGHT_NONE))
+    )
 
 
 @inline

@@ -11,18 +11,15 @@ from __future__ import annotations
 
 import functools
 
-from fusionops.cpu import activation
 from fusionops.cpu import params as at
 from fusionops.cpu.conv import locate_task
-from fusionops.cpu.epilogue import NOWHERE, ask_for_channels, finish_tile, scatter_tile
+from fusionops.cpu.epilogue import NOWHERE, RELU, ask_for_channels, finish_tile, finishes_in_registers, scatter_tile
 from fusionops.cpu.formats import store_rows
 from fusionops.cpu.jit import inline, task
 from fusionops.cpu.microkernel import SEGMENT_WORDS, gemm_segments
 from fusionops.cpu.prologue import load_tile
 from fusionops.cpu.simd import clear, prefetch_read, words
 
-# With these, sums are finished in the registers that hold them; others need registers of their own.
-IN_REGISTERS = (activation.CODES[None], activation.CODES["relu"])
 COPY_AHEAD = 4  # rows of filters asked for ahead of their copy: 1 to 12 differed by less than the noise
 
 
@@ -90,7 +87,6 @@ def gemm_task(bits: int, mr: int, nv: int) -> int:
     width = nv * (512 // bits)
     item = bits // 8
     tile_bytes = mr * width * item
-    plain, relu = IN_REGISTERS
 
     def gemm(params, index, slot):
         p = words(params)
@@ -106,12 +102,7 @@ def gemm_task(bits: int, mr: int, nv: int) -> int:
         group_filters = p[at.FILTERS] + group * p[at.FILTER_GROUP] * item
         block_bytes, channel_bytes = p[at.FILTER_BLOCK] * item, p[at.FILTER_ROW] * item
         is_turned = p[at.OUT_K] != 1  # outputs are stored when a whole block of filters is finished
-        is_plain = (
-            not is_turned
-            and p[at.STORED_BYTES] == item
-            and (p[at.ACTIVATION] == plain or p[at.ACTIVATION] == relu)
-            and (p[at.RESIDUAL] == 0 or (p[at.RESIDUAL_K] == 1 and p[at.RESIDUAL_WEIGHT] == at.WEIGHT_NONE))
-        )
+        is_plain = finishes_in_registers(item, params)
         # A register tile is always full. The last one begins earlier, so that no row beyond the tile is read. What no
         # pixel or filter fills is zero: leftovers may be denormal, on which processors are slow.
         overlaps = rows >= mr
@@ -161,7 +152,7 @@ def gemm_task(bits: int, mr: int, nv: int) -> int:
                     bits, mr, nv, segments, segment_count, row, panel, pitch, sums, c0, following, step, in_registers,
                     p[at.BIAS] + k0 * item if p[at.BIAS] != 0 else 0,
                     p[at.RESIDUAL] + k0 * item if p[at.RESIDUAL] != 0 else 0, residual,
-                    p[at.ACTIVATION] == relu, p[at.OUT] + k0 * item, to,
+                    p[at.ACTIVATION] == RELU, p[at.OUT] + k0 * item, to,
                 )  # fmt: skip
                 if is_last and not in_registers:
                     finish_tile(params, sums, width, to, residual, copy, min(mr, rows), k0, used, is_turned)

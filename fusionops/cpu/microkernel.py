@@ -10,7 +10,7 @@ added to C.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from llvmlite import ir
@@ -117,6 +117,25 @@ class _Tile:
                 if k * self.lanes.count * self.lanes.item_bytes % VECTOR_BYTES == 0:
                     self.lanes.prefetch(place, write=write)
 
+    def ask_for_results(self, c: ir.Value, epilogue: Sequence[ir.Value]) -> None:
+        """Starts the misses of `leave` before the product."""
+        is_finished, _, residual, residuals, _, out, outs = epilogue
+        with self.b.if_else(self.b.icmp_signed("!=", is_finished, word(0))) as (whole, part):
+            with whole:
+                self.ask_for_rows(out, outs, write=True)
+                self.ask_for_rows(residual, residuals, write=False)
+            with part:
+                self.ask_for(c)
+
+    def leave(self, c: ir.Value, accumulate: ir.Value, epilogue: Sequence[ir.Value]) -> None:
+        """Where the epilogue says so, finishes the sums and those in C and stores them to the output, else to C."""
+        self.add(c, accumulate)
+        with self.b.if_else(self.b.icmp_signed("!=", epilogue[0], word(0))) as (whole, part):
+            with whole:
+                self.finish(*epilogue[1:])
+            with part:
+                self.store(c)
+
     def finish(
         self, bias: ir.Value, residual: ir.Value, residuals: ir.Value, relu: ir.Value, out: ir.Value, outs: ir.Value
     ) -> None:
@@ -139,35 +158,37 @@ class _Tile:
 
 @intrinsic(prefer_literal=True)
 def gemm_tile(typing, bits, mr, nv, gaps, a, pixels, pitch, outer, a_outer, b_outer, inner, a_inner, b_inner, depth,
-              panel, b_pitch, c, accumulate, ahead, ahead_step, near, near_step):  # fmt: skip
+              panel, b_pitch, c, accumulate, ahead, ahead_step, near, near_step,
+              is_finished, bias, residual, residuals, relu, out, outs):  # fmt: skip
     """Addresses a, pixels (int64 each), panel, c; steps in elements; bits, mr, nv and gaps literal.
 
     gaps    1: products with filters that are `GAP` do not enter the sum
     ahead, ahead_step   an address asked for in L2 at each step of the reduction, and its advance in bytes
     near, near_step     the same for L1
+    is_finished    0: the sums go to C; else they are finished, as `_Tile.finish` says, and go to the output, of which
+                   there must be a whole block of filters; addresses, and offsets of pixels in elements
     """
     if not literals(bits, mr, nv, gaps):
         return None
     rows = mr.literal_value
-    signature = types.void(bits, mr, nv, gaps, *[types.intp] * 18)
+    signature = types.void(bits, mr, nv, gaps, *[types.intp] * 25)
 
     def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Any:
         (a, pixels, pitch, outer, a_outer, b_outer, inner, a_inner, b_inner, depth, panel, b_pitch,
-         c, accumulate, ahead, ahead_step, near, near_step) = args[4:]  # fmt: skip
+         c, accumulate, ahead, ahead_step, near, near_step, *epilogue) = args[4:]  # fmt: skip
         tile = _Tile(b, bits.literal_value, rows, nv.literal_value, even=False, gaps=bool(gaps.literal_value))
         size = word(tile.lanes.item_bytes)
         pixel, pixel_step = b.inttoptr(pixels, I64.as_pointer()), b.mul(pitch, size)
         offsets = [b.mul(b.load(b.gep(pixel, [word(i)])), pixel_step) for i in range(rows)]
         cursors = [cgutils.alloca_once_value(b, first) for first in (ahead, near)]
         b_step = b.mul(b_pitch, size)
-        tile.ask_for(c)
+        tile.ask_for_results(c, epilogue)
         with cgutils.for_range(b, outer) as u, cgutils.for_range(b, inner) as v:
             a_run = b.add(b.mul(u.index, a_outer), b.mul(v.index, a_inner))
             b_run = b.add(b.mul(u.index, b_outer), b.mul(v.index, b_inner))
             tile.add_segment(b.add(a, b.mul(a_run, size)), offsets, b.add(panel, b.mul(b_run, b_step)), b_step, depth,
                              cursors[0], ahead_step, cursors[1], near_step)  # fmt: skip
-        tile.add(c, accumulate)
-        tile.store(c)
+        tile.leave(c, accumulate, epilogue)
         return context.get_dummy_value()
 
     return signature, codegen
@@ -212,20 +233,13 @@ def gemm_segments(typing, bits, mr, nv, segments, count, row, panel, b_pitch, c,
     signature = types.void(bits, mr, nv, *[types.intp] * 16)
 
     def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        (segments, count, row, panel, b_pitch, c, accumulate, ahead, ahead_step, is_finished,
-         bias, residual, residuals, relu, out, outs) = args[3:]  # fmt: skip
+        segments, count, row, panel, b_pitch, c, accumulate, ahead, ahead_step, *epilogue = args[3:]
         rows = mr.literal_value
         tile = _Tile(b, bits.literal_value, rows, nv.literal_value, even=True)
         size = word(tile.lanes.item_bytes)
         b_step = b.mul(b_pitch, size)
         far, near, B = (cgutils.alloca_once_value(b, first) for first in (ahead, ahead, panel))
-        finishes = b.icmp_signed("!=", is_finished, word(0))
-        with b.if_else(finishes) as (whole, part):
-            with whole:
-                tile.ask_for_rows(out, outs, write=True)
-                tile.ask_for_rows(residual, residuals, write=False)
-            with part:
-                tile.ask_for(c)
+        tile.ask_for_results(c, epilogue)
         table = b.inttoptr(segments, I64.as_pointer())
         with cgutils.for_range(b, count) as n:
             first, step, depth = (
@@ -237,12 +251,7 @@ def gemm_segments(typing, bits, mr, nv, segments, count, row, panel, b_pitch, c,
             tile.add_segment(start, step, here, b_step, depth, far, ahead_step, near,
                              word(rows * tile.lanes.item_bytes))  # fmt: skip
             b.store(b.add(here, b.mul(depth, b_step)), B)
-        tile.add(c, accumulate)
-        with b.if_else(finishes) as (whole, part):
-            with whole:
-                tile.finish(bias, residual, residuals, relu, out, outs)
-            with part:
-                tile.store(c)
+        tile.leave(c, accumulate, epilogue)
         return context.get_dummy_value()
 
     return signature, codegen
