@@ -139,7 +139,13 @@ def task(function: Callable[..., None]) -> int:
 
     Or a procedure of kernels, of any number of integers, which they find at an address in the block (`simd.call`): what
     is inlined instead is compiled again by every kernel, and by every function in between.
+
+    What the function holds from where it was made has to be numbers: they are part of its key in the cache, in which
+    an object would have another name in each process, and be compiled in each.
     """
+    held = [cell.cell_contents for cell in function.__closure__ or ()]
+    if not all(isinstance(value, int) for value in held):
+        raise TypeError(f"{function.__name__} holds {held}, needs integers alone to be found in the cache")
     compiled = _compile(functools.partial(_machine_code, function))
     _KEEP.append(compiled)
     return int(compiled.address)

@@ -20,6 +20,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from fusionops.cpu.formats import literals
 from fusionops.cpu.simd import Lanes, vector_loop, word
 
 POINTS = 36  # products of a patch and of a filter
@@ -35,7 +36,7 @@ def outputs_of(taps: int) -> int:
     return PATCH - taps + 1
 
 
-def _input_1d(v: Lanes, d: Vectors) -> Vectors:
+def _input_1d(v: Lanes, d: Vectors, size: int) -> Vectors:
     """Bᵀd: products of (x − q) over the other points q, even and odd powers apart."""
 
     def f(factor: float, x: ir.Value, y: ir.Value) -> ir.Value:
@@ -54,7 +55,7 @@ def _input_1d(v: Lanes, d: Vectors) -> Vectors:
     ]
 
 
-def _filter_1d(v: Lanes, g: Vectors) -> Vectors:
+def _filter_1d(v: Lanes, g: Vectors, size: int) -> Vectors:
     """Gg: the filter's polynomial at each point p, divided by the product of p − q over the other points q."""
 
     def f(factor: float, x: ir.Value, y: ir.Value) -> ir.Value:
@@ -69,7 +70,7 @@ def _filter_1d(v: Lanes, g: Vectors) -> Vectors:
     return [*values, g[-1]]
 
 
-def _output_1d(v: Lanes, m: Vectors, *, outputs: int) -> Vectors:
+def _output_1d(v: Lanes, m: Vectors, size: int) -> Vectors:
     """Aᵀm: output i sums pⁱ·m over the points p; ∞ is part of the last."""
 
     def f(factor: float, x: ir.Value, y: ir.Value) -> ir.Value:
@@ -79,9 +80,9 @@ def _output_1d(v: Lanes, m: Vectors, *, outputs: int) -> Vectors:
     sum1, difference1 = b.fadd(m[1], m[2]), b.fsub(m[1], m[2])
     sum2, difference2 = b.fadd(m[3], m[4]), b.fsub(m[3], m[4])
     results = [b.fadd(b.fadd(m[0], sum1), sum2)]
-    for i in range(1, outputs):
+    for i in range(1, size):
         near, far = (difference1, difference2) if i % 2 else (sum1, sum2)
-        start = f(NEAR**i, near, m[5]) if i + 1 == outputs else b.fmul(v.constant(NEAR**i), near)
+        start = f(NEAR**i, near, m[5]) if i + 1 == size else b.fmul(v.constant(NEAR**i), near)
         results.append(f(FAR**i, far, start))
     return results
 
@@ -92,21 +93,30 @@ def _both_axes(v: Lanes, one_axis: Callable[[Lanes, Vectors], Vectors], values: 
     return [one_axis(v, list(row)) for row in zip(*columns, strict=True)]
 
 
-def _transform(one_axis: Callable[[Lanes, Vectors], Vectors], extent: int, *, always: int | None = None) -> Any:
-    """The code of a transform whose values beyond the first `always` of each axis (None: no value) may be missing."""
+def _transform(
+    one_axis: Callable[[Lanes, Vectors, int], Vectors], extent: int | None = PATCH, *, always: int | None = None
+) -> Any:
+    """The code of a transform whose values beyond the first `always` of each axis (None: no value) may be missing.
+
+    extent   values of each axis; None: `size`, a literal argument of the code
+    """
 
     @intrinsic(prefer_literal=True)
-    def transform(typing, bits, to, to_row, to_col, source, row, col, rows, cols, count):
+    def transform(typing, bits, size, to, to_row, to_col, source, row, col, rows, cols, count):
         """to[i·to_row + j·to_col + c] = transform of source[r·row + s·col + c], for each channel c < count.
 
         Where some may be missing, those with r ≥ rows or s ≥ cols are 0, and not read.
         """
-        if not isinstance(bits, types.IntegerLiteral):
+        if not literals(bits, size):
             return None
-        signature = types.void(bits, *[types.intp] * 9)
+        signature = types.void(bits, size, *[types.intp] * 9)
+        count_read = extent or size.literal_value
+
+        def along(lanes: Lanes, vectors: Vectors) -> Vectors:
+            return one_axis(lanes, vectors, size.literal_value)
 
         def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Any:
-            _, to, to_row, to_col, source, row, col, rows, cols, count = args
+            to, to_row, to_col, source, row, col, rows, cols, count = args[2:]
             lanes = Lanes(b, bits.literal_value)
             to, source = lanes.pointer(to), lanes.pointer(source)
             every = ir.Constant(lanes.mask, [1] * lanes.count)
@@ -123,8 +133,8 @@ def _transform(one_axis: Callable[[Lanes, Vectors], Vectors], extent: int, *, al
                 return lanes.masked_load(where, b.select(inside, there, ir.Constant(there.type, None)))
 
             def body(offset: ir.Value, mask: ir.Value | None) -> None:
-                values = [[value(r, s, offset, mask) for s in range(extent)] for r in range(extent)]
-                for i, results in enumerate(_both_axes(lanes, one_axis, values)):
+                values = [[value(r, s, offset, mask) for s in range(count_read)] for r in range(count_read)]
+                for i, results in enumerate(_both_axes(lanes, along, values)):
                     for j, result in enumerate(results):
                         lanes.store_part(result, place(to, i, to_row, j, to_col, offset), mask)
 
@@ -136,7 +146,7 @@ def _transform(one_axis: Callable[[Lanes, Vectors], Vectors], extent: int, *, al
     return transform
 
 
-whole_input_transform = _transform(_input_1d, PATCH)
-part_input_transform = _transform(_input_1d, PATCH, always=outputs_of(max(TAPS)))
-filter_transforms = {taps: _transform(_filter_1d, taps) for taps in TAPS}
-output_transforms = {taps: _transform(functools.partial(_output_1d, outputs=outputs_of(taps)), PATCH) for taps in TAPS}
+whole_input_transform = _transform(_input_1d)  # size: PATCH
+part_input_transform = _transform(_input_1d, always=outputs_of(max(TAPS)))
+filter_transform = _transform(_filter_1d, None)  # size: taps
+output_transform = _transform(_output_1d)  # size: outputs

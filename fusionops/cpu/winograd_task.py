@@ -29,8 +29,9 @@ from fusionops.cpu.transform import (
     PATCH,
     POINTS,
     TAPS,
-    filter_transforms,
-    output_transforms,
+    filter_transform,
+    output_transform,
+    outputs_of,
     part_input_transform,
     whole_input_transform,
 )
@@ -138,9 +139,9 @@ def transform_inputs_task() -> int:
         for i in range(count):
             there, here = to + i * to_step * ITEM, source + i * step * ITEM
             if rows == PATCH and cols == PATCH:
-                whole_input_transform(BITS, there, to_row, to_col, here, row, col, rows, cols, depth)
+                whole_input_transform(BITS, PATCH, there, to_row, to_col, here, row, col, rows, cols, depth)
             else:
-                part_input_transform(BITS, there, to_row, to_col, here, row, col, rows, cols, depth)
+                part_input_transform(BITS, PATCH, there, to_row, to_col, here, row, col, rows, cols, depth)
 
     return task(transform_inputs)
 
@@ -151,11 +152,11 @@ def transform_outputs_task(taps: int) -> int:
 
     Columns beyond the map land in the next row, which the tile that owns them writes afterwards.
     """
-    transform = output_transforms[taps]
+    outputs = outputs_of(taps)
 
     def transform_outputs(to, to_step, to_row, to_col, source, step, row, col, count, width):
         for i in range(count - 1, -1, -1):
-            transform(BITS, to + i * to_step * ITEM, to_row, to_col, source + i * step * ITEM, row, col,
+            output_transform(BITS, outputs, to + i * to_step * ITEM, to_row, to_col, source + i * step * ITEM, row, col,
                       PATCH, PATCH, width)  # fmt: skip
 
     return task(transform_outputs)
@@ -250,7 +251,6 @@ def pack_task(stored: int, taps: int) -> int:
     In the order [chunk][point][block][section][channel][width]. Words: packed, filters, steps r s c k (elements), R, S,
     channels and filters, depth, width, blocks, unused, strides.
     """
-    filter_transform = filter_transforms[taps]
 
     def pack(params, index, slot):
         p = words(params)
@@ -290,7 +290,9 @@ def pack_task(stored: int, taps: int) -> int:
                                             for k in range(used):
                                                 value = load_element(stored, p[1], tap + k * step_k)
                                                 values[(r * taps + s) * width + k] = value
-                                filter_transform(BITS, to, PATCH * point, point, here, row, col, taps, taps, width)
+                                filter_transform(
+                                    BITS, taps, to, PATCH * point, point, here, row, col, taps, taps, width
+                                )
                                 to += width * ITEM
 
     return task(pack)
