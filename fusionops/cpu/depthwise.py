@@ -21,11 +21,12 @@ from numba.extending import intrinsic
 from fusionops.cpu import conv, direct, launch
 from fusionops.cpu import params as at
 from fusionops.cpu.block import Strides, Words
-from fusionops.cpu.epilogue import finish_tile, scatter_tile
+from fusionops.cpu.epilogue import RELU, finish_tile, finishes_in_registers, scatter_tile
 from fusionops.cpu.formats import FORMATS
 from fusionops.cpu.jit import task
 from fusionops.cpu.prologue import load_tile
 from fusionops.cpu.simd import I64, VECTOR_BYTES, Lanes, word, words
+from fusionops.cpu.sums import Sums
 from fusionops.cpu.tiling import (
     GROUP_WORDS,
     SCRATCH_LIMIT,
@@ -45,25 +46,26 @@ TASK_CHANNELS = 128
 
 
 @intrinsic(prefer_literal=True)
-def depthwise_tile(typing, bits, mr, nv, a, pixels, pitch, outer, a_outer, b_outer, inner, a_inner, panel, c):
+def depthwise_tile(typing, bits, mr, nv, a, pixels, pitch, outer, a_outer, b_outer, inner, a_inner, panel, c,
+                   is_finished, bias, residual, residuals, relu, out, outs):  # fmt: skip
     """C[i, :] = Σ_{u < outer} Σ_{v < inner} A[pixels[i]·pitch + u·a_outer + v·a_inner + :] · B[u·b_outer + v, :]
 
     Addresses a, pixels (int64 each), panel, c; steps in elements, b_outer in rows of nv vectors; bits, mr, nv literal.
+    What follows c is the epilogue, as in `gemm_tile`.
     """
     if not all(isinstance(value, types.IntegerLiteral) for value in (bits, mr, nv)):
         return None
     rows, vectors = mr.literal_value, nv.literal_value
-    signature = types.void(bits, mr, nv, *[types.intp] * 10)
+    signature = types.void(bits, mr, nv, *[types.intp] * 17)
 
     def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        a, pixels, pitch, outer, a_outer, b_outer, inner, a_inner, panel, c = args[3:]
+        a, pixels, pitch, outer, a_outer, b_outer, inner, a_inner, panel, c, *epilogue = args[3:]
         lanes = Lanes(b, bits.literal_value)
         pixel = b.inttoptr(pixels, I64.as_pointer())
         starts = [lanes.pointer(a, b.mul(b.load(b.gep(pixel, [word(i)])), pitch)) for i in range(rows)]
-        B, C = lanes.pointer(panel), lanes.pointer(c)
-        sums = [cgutils.alloca_once(b, lanes.type) for _ in range(rows * vectors)]
-        for s in sums:
-            b.store(lanes.constant(0.0), s)
+        B = lanes.pointer(panel)
+        tile = Sums(b, lanes, rows, vectors)
+        tile.ask_for_results(c, epilogue)
         with cgutils.for_range(b, outer) as u, cgutils.for_range(b, inner) as v:
             step = b.add(b.mul(u.index, a_outer), b.mul(v.index, a_inner))
             row = b.mul(b.add(b.mul(u.index, b_outer), v.index), word(vectors * lanes.count))
@@ -71,10 +73,9 @@ def depthwise_tile(typing, bits, mr, nv, a, pixels, pitch, outer, a_outer, b_out
                 w = lanes.load(b.gep(B, [b.add(row, word(j * lanes.count))]))
                 for i in range(rows):
                     x = lanes.load(b.gep(starts[i], [b.add(step, word(j * lanes.count))]))
-                    s = sums[i * vectors + j]
+                    s = tile.sums[i * vectors + j]
                     b.store(lanes.multiply_add(x, w, b.load(s)), s)
-        for i, s in enumerate(sums):
-            lanes.store(b.load(s), b.gep(C, [word(i * lanes.count)]))
+        tile.leave(c, word(0), epilogue)
         return context.get_dummy_value()
 
     return signature, codegen
@@ -141,8 +142,10 @@ def depthwise_task(bits: int, mr: int, nv: int) -> int:
         depth = min(p[at.K], block1 * width) - c0
         load_tile(params, scratch, p[at.PITCH], n, h0, p[at.ROWS], w0, p[at.COLS], c0, depth)
         a_row, a_col = p[at.DILATION_H] * p[at.PITCH] * depth, p[at.DILATION_W] * depth
+        is_plain = finishes_in_registers(item, params)
         for block in range(block0, block1):
             k0, used = block * width, min(width, p[at.K] - block * width)
+            in_registers = is_plain and used == width
             panel = p[at.FILTERS] + block * p[at.R] * p[at.S] * width * item
             for g in range(count):
                 head = g * GROUP_WORDS
@@ -151,9 +154,13 @@ def depthwise_task(bits: int, mr: int, nv: int) -> int:
                 # A whole block of pixels is stored at once where channels do not lie side by side.
                 sums = scratch + p[at.AT_SUMS] + (g * mr * width * item if p[at.OUT_K] != 1 else 0)
                 depthwise_tile(bits, mr, nv, a, pixels + g * mr * 8, depth, r1 - r0, a_row, p[at.S], s1 - s0, a_col,
-                               panel + (r0 * p[at.S] + s0) * width * item, sums)  # fmt: skip
-                finish_tile(params, sums, width, outs + g * mr * 8, residuals + g * mr * 8, copy,
-                            groups[head + 4], k0, used, p[at.OUT_K] != 1)  # fmt: skip
+                               panel + (r0 * p[at.S] + s0) * width * item, sums, in_registers,
+                               p[at.BIAS] + k0 * item if p[at.BIAS] != 0 else 0,
+                               p[at.RESIDUAL] + k0 * item if p[at.RESIDUAL] != 0 else 0, residuals + g * mr * 8,
+                               p[at.ACTIVATION] == RELU, p[at.OUT] + k0 * item, outs + g * mr * 8)  # fmt: skip
+                if not in_registers:
+                    finish_tile(params, sums, width, outs + g * mr * 8, residuals + g * mr * 8, copy,
+                                groups[head + 4], k0, used, p[at.OUT_K] != 1)  # fmt: skip
             if p[at.OUT_K] != 1:
                 scatter_tile(params, scratch + p[at.AT_SUMS], outs, count * mr, k0, used)
 

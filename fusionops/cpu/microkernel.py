@@ -10,7 +10,6 @@ added to C.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from typing import Any
 
 from llvmlite import ir
@@ -18,10 +17,10 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from fusionops.cpu import activation
 from fusionops.cpu.assembly import Segment, can_multiply
 from fusionops.cpu.formats import literals
 from fusionops.cpu.simd import I64, VECTOR_BYTES, Lanes, word
+from fusionops.cpu.sums import Sums
 from fusionops.cpu.target import target
 
 # Rows of B are asked for in L1 so much earlier. 14×2 vectors on operands in L2 (transformed patches and filters of a
@@ -31,30 +30,17 @@ ROWS_AHEAD = 12
 SEGMENT_WORDS = 3  # of a segment in the table of `gemm_segments`
 
 
-class _Tile:
-    """The sums of one register tile in registers, and the two ways to add a run of channels to them."""
+class _Tile(Sums):
+    """The sums of one register tile, and the two ways to add a run of channels to them."""
 
     def __init__(self, b: ir.IRBuilder, bits: int, rows: int, nv: int, *, even: bool, gaps: bool = False) -> None:
         here = target()
-        self.b, self.rows, self.gaps = b, rows, gaps
         in_assembly = can_multiply(here, rows, even=even) and not gaps
-        self.lanes = Lanes(b, bits, here.vector_bytes if in_assembly else VECTOR_BYTES)
-        self.vectors = nv * VECTOR_BYTES // (self.lanes.count * self.lanes.item_bytes)
-        self.segment = Segment(self.lanes, rows, self.vectors, even=even) if in_assembly else None
+        lanes = Lanes(b, bits, here.vector_bytes if in_assembly else VECTOR_BYTES)
+        super().__init__(b, lanes, rows, nv * VECTOR_BYTES // (lanes.count * lanes.item_bytes))
+        self.gaps = gaps
+        self.segment = Segment(lanes, rows, self.vectors, even=even) if in_assembly else None
         self.even = even
-        self.sums = [cgutils.alloca_once(b, self.lanes.type) for _ in range(rows * self.vectors)]  # become registers
-        for s in self.sums:
-            b.store(self.lanes.constant(0.0), s)
-
-    def places(self, c: ir.Value) -> list[ir.Value]:
-        C = self.lanes.pointer(c)
-        return [self.b.gep(C, [word(k * self.lanes.count)]) for k in range(len(self.sums))]
-
-    def ask_for(self, c: ir.Value) -> None:
-        """Starts the misses of `store` before the product."""
-        step = VECTOR_BYTES // (self.lanes.count * self.lanes.item_bytes)
-        for place in self.places(c)[::step]:
-            self.lanes.prefetch(place, write=True)
 
     def add_segment(
         self, a: ir.Value, offsets: Any, panel: ir.Value, b_step: ir.Value, depth: ir.Value,
@@ -91,70 +77,6 @@ class _Tile:
                     value = lanes.multiply_add(x, w[j], b.load(s))
                     b.store(b.select(filled[j], value, b.load(s)) if self.gaps else value, s)
 
-    def store(self, c: ir.Value) -> None:
-        for s, place in zip(self.sums, self.places(c), strict=True):
-            self.lanes.store(self.b.load(s), place)
-
-    def add(self, c: ir.Value, condition: ir.Value) -> None:
-        """sums += C where the condition, a word, is not 0."""
-        b = self.b
-        with b.if_then(b.icmp_signed("!=", condition, word(0))):
-            for s, place in zip(self.sums, self.places(c), strict=True):
-                b.store(b.fadd(self.lanes.load(place), b.load(s)), s)
-
-    def _row_places(self, base: ir.Value, offsets: ir.Value) -> Iterator[tuple[int, ir.Value]]:
-        """Place of each vector of row i, base + offsets[i] elements, beside its number."""
-        b, table = self.b, self.b.inttoptr(offsets, I64.as_pointer())
-        for i in range(self.rows):
-            row = b.gep(self.lanes.pointer(base), [b.load(b.gep(table, [word(i)]))])
-            for j in range(self.vectors):
-                yield i * self.vectors + j, b.gep(row, [word(j * self.lanes.count)])
-
-    def ask_for_rows(self, base: ir.Value, offsets: ir.Value, *, write: bool) -> None:
-        """Starts the misses of rows that are added or written after the product; not where the base is 0."""
-        with self.b.if_then(self.b.icmp_signed("!=", base, word(0))):
-            for k, place in self._row_places(base, offsets):
-                if k * self.lanes.count * self.lanes.item_bytes % VECTOR_BYTES == 0:
-                    self.lanes.prefetch(place, write=write)
-
-    def ask_for_results(self, c: ir.Value, epilogue: Sequence[ir.Value]) -> None:
-        """Starts the misses of `leave` before the product."""
-        is_finished, _, residual, residuals, _, out, outs = epilogue
-        with self.b.if_else(self.b.icmp_signed("!=", is_finished, word(0))) as (whole, part):
-            with whole:
-                self.ask_for_rows(out, outs, write=True)
-                self.ask_for_rows(residual, residuals, write=False)
-            with part:
-                self.ask_for(c)
-
-    def leave(self, c: ir.Value, accumulate: ir.Value, epilogue: Sequence[ir.Value]) -> None:
-        """Where the epilogue says so, finishes the sums and those in C and stores them to the output, else to C."""
-        self.add(c, accumulate)
-        with self.b.if_else(self.b.icmp_signed("!=", epilogue[0], word(0))) as (whole, part):
-            with whole:
-                self.finish(*epilogue[1:])
-            with part:
-                self.store(c)
-
-    def finish(
-        self, bias: ir.Value, residual: ir.Value, residuals: ir.Value, relu: ir.Value, out: ir.Value, outs: ir.Value
-    ) -> None:
-        """out[outs[i] + j] = act(sums[i, j] + bias[j] + residual[residuals[i] + j]); 0 stands for what is not there."""
-        b, lanes = self.b, self.lanes
-        with b.if_then(b.icmp_signed("!=", bias, word(0))):
-            start = lanes.pointer(bias)
-            terms = [lanes.load(b.gep(start, [word(j * lanes.count)])) for j in range(self.vectors)]
-            for k, s in enumerate(self.sums):
-                b.store(b.fadd(b.load(s), terms[k % self.vectors]), s)
-        with b.if_then(b.icmp_signed("!=", residual, word(0))):
-            for k, place in self._row_places(residual, residuals):
-                b.store(b.fadd(b.load(self.sums[k]), lanes.load(place)), self.sums[k])
-        with b.if_then(b.icmp_signed("!=", relu, word(0))):
-            for s in self.sums:
-                b.store(activation.relu(lanes, b.load(s)), s)
-        for k, place in self._row_places(out, outs):
-            lanes.store(b.load(self.sums[k]), place)
-
 
 @intrinsic(prefer_literal=True)
 def gemm_tile(typing, bits, mr, nv, gaps, a, pixels, pitch, outer, a_outer, b_outer, inner, a_inner, b_inner, depth,
@@ -165,7 +87,7 @@ def gemm_tile(typing, bits, mr, nv, gaps, a, pixels, pitch, outer, a_outer, b_ou
     gaps    1: products with filters that are `GAP` do not enter the sum
     ahead, ahead_step   an address asked for in L2 at each step of the reduction, and its advance in bytes
     near, near_step     the same for L1
-    is_finished    0: the sums go to C; else they are finished, as `_Tile.finish` says, and go to the output, of which
+    is_finished    0: the sums go to C; else they are finished, as `Sums.finish` says, and go to the output, of which
                    there must be a whole block of filters; addresses, and offsets of pixels in elements
     """
     if not literals(bits, mr, nv, gaps):
@@ -225,7 +147,7 @@ def gemm_segments(typing, bits, mr, nv, segments, count, row, panel, b_pitch, c,
     """gemm_rows over `count` segments, which stand in a table of words: first row, bytes from row to row, channels.
 
     row            of each segment, the first of the tile
-    is_finished    0: the sums go to C; else they are finished, as `_Tile.finish` says, and go to the output, of which
+    is_finished    0: the sums go to C; else they are finished, as `Sums.finish` says, and go to the output, of which
                    there must be a whole tile; addresses, and offsets of rows in elements
     """
     if not literals(bits, mr, nv):
