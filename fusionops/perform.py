@@ -1,7 +1,7 @@
 """An op from its arguments to its result: bound and run, or run again as it was run before.
 
-A call like one that was made before is neither judged nor planned again: its arrays' addresses go into the block that
-its kernel then reads. Judges nothing, chooses nothing: `binding` tells calls apart, `dispatch` has chosen.
+A call like one that was made before, without copies, is neither judged nor planned again: its arrays' addresses go into
+the block that its kernel then reads. `binding` tells calls apart and says which may do that, `dispatch` has chosen.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def perform(
             return result
     call = bind(op, sources, *others, out=out, **options)
     result = dispatch.run(call, None)
-    if known is _NEW:
+    if known is _NEW and not call.copies:  # which the next of that key may not need
         if len(_REPEATED) >= KEPT:
             _REPEATED.clear()
         _REPEATED[key] = _repeated(call, addresses, result)

@@ -16,7 +16,7 @@ from fusionops.binding import bind_conv
 from fusionops.cpu import amx
 from fusionops.dispatch import Backend, ReferenceConfig
 from fusionops.kernel import Kernel
-from fusionops.spec import FusionSpec
+from fusionops.spec import FusionSpec, Merge, SourceSpec
 
 
 def full(*shape, dtype=np.float32):
@@ -362,3 +362,9 @@ def test_warmup_tells_how_far_it_is(monkeypatch):
     monkeypatch.setattr(cpu, "warmup", lambda progress: progress(1, 2, "a tile"))
     fo.warmup(lambda *step: told.append(step))
     assert told == [(1, 2, "a tile")]
+
+
+def test_equal_specs_are_one_choice():
+    one, other = (FusionSpec(Merge.ADD, (SourceSpec((2, 3), "float32"),)) for _ in range(2))
+    assert one is not other
+    assert dispatch.choose(one, "cpu")[1] is dispatch.choose(other, "cpu")[1]

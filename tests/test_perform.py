@@ -97,6 +97,84 @@ def test_a_call_made_again_has_the_bits_of_one_that_is_judged(call, seed):
         np.testing.assert_array_equal(found, getattr(fo, op)(*arguments, **options, backend="cpu"))
 
 
+def outcome(op: str, arguments: list[Any], options: dict[str, Any]) -> Any:
+    """The result, or the type of the error."""
+    try:
+        return getattr(fo, op)(*arguments, **options).copy()
+    except ValueError as error:  # SpecError is one
+        return type(error)
+    except TypeError as error:
+        return type(error)
+
+
+@st.composite
+def alike(draw):
+    """A call from few shapes and many roles, such that two often have the same arrays in other places."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    op = draw(st.sampled_from(["add", "add", "concat", "add_dense", "concat_dense", "add_conv", "concat_conv"]))
+    flat = op.endswith("dense") and draw(st.booleans())
+
+    def array() -> np.ndarray:
+        return drawn(rng, *((4,) if flat else (1, 4, 4, 4) if draw(st.booleans()) else (1, 8, 8, 4)))
+
+    def source() -> Any:
+        up = draw(st.sampled_from([None, None, None, 1, 2, (2, 2), True]))
+        return array() if up is None else Source(array(), upsample=up)
+
+    sources = [source() for _ in range(draw(st.integers(1, 3)))]
+    options: dict[str, Any] = {}
+    arguments: list[Any] = [sources]
+    if "_" in op:
+        channels = 4 if op.startswith("add") else 4 * len(sources)
+        filters = drawn(rng, *((channels, 4) if op.endswith("dense") else (1, 1, channels, 4)))
+        arguments.append(fo.prepack(filters) if draw(st.booleans()) else filters)
+        for name in ("bias", "residual"):
+            if draw(st.booleans()):
+                options[name] = drawn(rng, 4) if flat or draw(st.booleans()) else array()
+        options["activation"] = draw(st.sampled_from([None, "relu", ("leaky_relu", 0.5), ("leaky_relu", 2)]))
+    if op.startswith("add") and draw(st.booleans()):
+        options["weights"] = tuple(draw(st.sampled_from([None, 0.5, 2, 3.0])) for _ in sources)
+        options["normalize"] = draw(st.sampled_from([None, "relu"]))
+    if draw(st.booleans()):
+        options["out"] = draw(st.sampled_from([array(), *(s for s in sources if isinstance(s, np.ndarray))]))
+    return op, arguments, options
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(alike(), min_size=20, max_size=40))
+def test_calls_that_look_alike_are_told_apart(made):
+    for op, arguments, options in made * 2:
+        before = [np.copy(s.array if isinstance(s, Source) else s) for s in arguments[0]]
+        found = outcome(op, arguments, options)
+        for source, values in zip(arguments[0], before, strict=True):  # out may have been one of them
+            (source.array if isinstance(source, Source) else source)[...] = values
+        expected = outcome(op, arguments, options | {"backend": "cpu"})
+        for source, values in zip(arguments[0], before, strict=True):
+            (source.array if isinstance(source, Source) else source)[...] = values
+        if isinstance(expected, type):
+            assert found is expected
+        else:
+            assert not isinstance(found, type), (op, arguments, options)
+            np.testing.assert_array_equal(found, expected)
+
+
+def test_weights_are_judged_each_time():
+    x = np.ones((1, 4, 4, 8), np.float32)
+    for _ in range(3):
+        assert (fo.add([x, x], weights=(0.5, None)) == 1.5).all()
+        assert (fo.add([x, x], weights=(3, -1)) == 2.0).all()
+        assert (fo.add_dense([x, x], np.eye(8, dtype=np.float32), weights=(1, 2)) == 3.0).all()
+    assert repeats() == 0
+
+
+def test_a_first_call_with_copies_leaves_the_next_free():
+    x, matrix = np.ones((8, 8), np.float32), np.eye(8, dtype=np.float32)
+    fo.add_dense([x, x], matrix, out=x)
+    assert repeats() == 0
+    fo.add_dense([x.copy(), x.copy()], matrix, out=x)
+    assert repeats() == 1
+
+
 @pytest.mark.parametrize("op", ["add", "concat", "add_conv", "concat_conv", "add_dense", "concat_dense"])
 def test_plain_calls_of_every_op_are_made_again_without_being_judged(op, monkeypatch):
     rng = np.random.default_rng(0)

@@ -1,7 +1,8 @@
 """Calls that were made before: what tells one from another, and what of a call is new each time.
 
-A call of plain NumPy arrays is decided by the shapes, strides and dtypes of its arrays and by its options: its key. In
-a call whose key was judged before, only the addresses are new, with which arrays may overlap or be misaligned.
+A call of plain NumPy arrays is decided by the roles, shapes, strides and dtypes of its arrays and by its options: its
+key. In a call whose key was judged before, only the addresses are new, with which arrays may overlap or be misaligned.
+Weights are not part of it: calls that have some are judged each time.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _ndarray = np.ndarray
 
 # Options that are compared by value, those of a type with those of the same type: 1 == True, but they are judged apart.
 _COMPARED = {int, str, bool, type(None)}
-_NUMBERS = {int, float}  # which tuples may hold too
+_NUMBERS = {int, float}  # which the tuples of options may hold too, such as ("leaky_relu", 0.2)
 
 
 def sight(
@@ -30,7 +31,10 @@ def sight(
 ) -> tuple[Key, list[int]] | None:
     """The key of a call and the addresses of its arrays (sources, others, out); None where it is judged each time.
 
-    others   filters, bias and residual, None or left out where there are none
+    others   filters, bias and residual, where the op has them; None where there are none
+
+    In the key each argument has a place of its own: first what kind of array it is, or that there is none, then, of all
+    that are arrays, what they look like.
     """
     if type(sources) is not list and type(sources) is not tuple:
         return None
@@ -40,10 +44,11 @@ def sight(
         if not all(type(value) in _COMPARED or _is_exact(value) for value in values):
             return None
         types = repr(values)
-    key: list[Any] = [op, values, types]
+    key: list[Any] = [op, values, types, out is None, len(sources)]
     arrays: list[Array] = []
     for source in sources:
         if type(source) is _ndarray:
+            key.append(1)
             arrays.append(source)
         elif type(source) is Source and type(source.array) is _ndarray and is_upsampled_alone(source):
             key.append(source.upsample)
@@ -52,6 +57,7 @@ def sight(
             return None
     for other in others:
         if type(other) is _ndarray:
+            key.append(_ndarray)
             arrays.append(other)
         elif other is None:
             key.append(None)
@@ -95,13 +101,14 @@ class Reaches(NamedTuple):
 
 
 def reaches(call: Call, target: Array, places: list[int]) -> Reaches | None:
-    """Of the arrays of a call that writes `target`; None where they are not as sighted, or not of one alignment."""
-    judgement = call.judgement
-    arrays = call.operands.arrays(target)
+    """Of the arrays of a call that writes `target`; None where they are not as sighted, or addresses are not all."""
+    judgement, operands = call.judgement, call.operands
+    arrays = operands.arrays(target)
     alignments = {array.dtype.alignment for array in arrays}
     if call.home != "cpu" or call.copies or call.returns is not None or judgement.mixed or len(alignments) > 1:
         return None
-    if addresses(arrays) != places:
+    numbers = (operands.residual_weight, *operands.weights, *operands.scales, *operands.shifts)
+    if any(number is not None for number in numbers) or addresses(arrays) != places:
         return None
     *inputs, out = (_reach(array, target, call.op == "add") for array in arrays)
     return Reaches(tuple(inputs), out, alignments.pop())

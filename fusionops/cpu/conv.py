@@ -85,7 +85,7 @@ def group_pixels(params, scratch, mr, n, p0, p1, q0, q1):
             end = count + (total + mr - 1) // mr
             for rest in range(place, end * mr):  # a register tile is always full: the rest repeats its last pixel
                 pixels[rest], outs[rest] = pixels[place - 1], NOWHERE if is_turned else outs[place - 1]
-                residuals[rest] = residuals[place - 1]
+                residuals[rest] = residuals[place - 1]  # read only where there is one
             for tile in range(count, end):
                 head = tile * GROUP_WORDS
                 groups[head], groups[head + 1], groups[head + 2], groups[head + 3] = r0, r1, s0, s1

@@ -217,7 +217,7 @@ class Pool:
     def stop(self) -> None:
         """Ends the workers, so that none is in compiled code when that goes."""
         self.words[STOP] = 1
-        for number in range(1, int(self.words[BORN]) + 1):
+        for number in range(1, max(len(self.workers), int(self.words[BORN])) + 1):  # some may be about to begin
             ctypes.CDLL(None).sem_post(self._bell(number))
         for worker in self.workers:
             worker.join(timeout=1.0)
