@@ -183,6 +183,11 @@ def _launch_entry() -> Callable[..., None]:
     return jit.entry(types.void(*[types.int64] * 6), _launch)
 
 
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
+
+
 class Pool:
     """Worker threads and the block of words through which they are given launches."""
 
@@ -197,7 +202,7 @@ class Pool:
         self.words = area.array[start : start + area.size].view(np.int64)
         self.workers: list[threading.Thread] = []
         for number in range(MOST_THREADS):
-            ctypes.CDLL(None).sem_init(self._bell(number), 0, 0)
+            _libc().sem_init(self._bell(number), 0, 0)
 
     def _bell(self, number: int) -> ctypes.c_void_p:
         return ctypes.c_void_p(self.address + 8 * (THREAD + number * THREAD_WORDS + BELL))
@@ -218,7 +223,7 @@ class Pool:
         """Ends the workers, so that none is in compiled code when that goes."""
         self.words[STOP] = 1
         for number in range(1, max(len(self.workers), int(self.words[BORN])) + 1):  # some may be about to begin
-            ctypes.CDLL(None).sem_post(self._bell(number))
+            _libc().sem_post(self._bell(number))
         for worker in self.workers:
             worker.join(timeout=1.0)
 
