@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
+from fusionops import kernel
 from fusionops.address import address
-from fusionops.axes import Strides as Steps
-from fusionops.axes import add_grid, row_step
+from fusionops.axes import Strides, add_grid, row_step
 from fusionops.cpu import activation, threads
 from fusionops.cpu.add_task import HEAD, add_task, operand_words
 from fusionops.cpu.block import WEIGHT_KINDS, weight_word, widened
@@ -36,7 +36,7 @@ from fusionops.cpu.concat_task import (
 from fusionops.cpu.formats import FORMATS
 from fusionops.cpu.simd import VECTOR_BYTES
 from fusionops.device import CpuDevice
-from fusionops.kernel import Filters, Kernel, Operands, Replay, Strides
+from fusionops.kernel import Filters, Kernel, Operands, Replay
 from fusionops.refusals import merge_reasons
 from fusionops.spec import ITEM_BYTES, FusionSpec, Merge, SourceSpec
 
@@ -87,7 +87,9 @@ def _config(elements: int, item: int, nontemporal: bool) -> StreamConfig:
 
 
 @functools.lru_cache(maxsize=512)
-def add_block(spec: FusionSpec, config: StreamConfig, strides: tuple[Steps, ...], out: Steps) -> tuple[array[int], int]:
+def add_block(
+    spec: FusionSpec, config: StreamConfig, strides: tuple[Strides, ...], out: Strides
+) -> tuple[array[int], int]:
     """The fixed words of an add, and its number of tasks. Pure."""
     space = add_grid(spec, strides, out)
     inner, rows = space.extents[-1], math.prod(space.extents[:-1])
@@ -129,7 +131,7 @@ def run_add(spec: FusionSpec, config: StreamConfig, operands: Operands, out: np.
     threads.parallel_for(task, words.buffer_info()[0], tasks, threads.get_num_threads(), config.flops)
 
 
-def replay_add(spec: FusionSpec, config: StreamConfig, strides: Strides) -> Replay | None:
+def replay_add(spec: FusionSpec, config: StreamConfig, strides: kernel.Strides) -> Replay | None:
     """`run_add` without weights, from addresses."""
     fixed, tasks = add_block(spec, config, strides.sources, strides.out)
     form = FORMATS[spec.dtype]
@@ -190,7 +192,7 @@ class ConcatPlan:
 
 
 @functools.lru_cache(maxsize=512)
-def concat_plan(spec: FusionSpec, config: StreamConfig, strides: tuple[Steps, ...], out: Steps) -> ConcatPlan:
+def concat_plan(spec: FusionSpec, config: StreamConfig, strides: tuple[Strides, ...], out: Strides) -> ConcatPlan:
     """Sources with contiguous rows of the result's dtype are copied by tasks; the rest one by one. Pure."""
     axis, item = spec.axis, ITEM_BYTES[spec.dtype]
     rows, first = math.prod(spec.out_shape[:axis]), 0
@@ -243,7 +245,7 @@ def run_concat(spec: FusionSpec, config: StreamConfig, operands: Operands, out: 
             run_add(alone, config, Operands((source,), (weight,)), out[where])
 
 
-def replay_concat(spec: FusionSpec, config: StreamConfig, strides: Strides) -> Replay | None:
+def replay_concat(spec: FusionSpec, config: StreamConfig, strides: kernel.Strides) -> Replay | None:
     """`run_concat` from addresses, where all sources are copied by tasks."""
     plan = concat_plan(spec, config, strides.sources, strides.out)
     if plan.copied != tuple(range(len(spec.sources))):
@@ -252,22 +254,18 @@ def replay_concat(spec: FusionSpec, config: StreamConfig, strides: Strides) -> R
     return _replay(concat_task(), plan.words, plan.tasks, [*places, CONCAT_HEAD - 1], config.flops)
 
 
-def _kernel(name: str, merge: Merge, dtype: str | None, run: Any, replay: Any) -> Kernel:
+def _kernel(name: str, merge: Merge, dtype: str | None, run: Any, **replay: Any) -> Kernel:
     def unsupported(spec: FusionSpec) -> tuple[str, ...]:
         return tuple(merge_reasons(spec, merge, dtype, FORMATS))
 
-    return Kernel(f"cpu.{name}", unsupported, plan, run, replay=replay)
-
-
-def _no_replay(spec: FusionSpec, config: StreamConfig, strides: Strides) -> None:
-    return None
+    return Kernel(f"cpu.{name}", unsupported, plan, run, **replay)
 
 
 KERNELS = (
     *(
-        _kernel(f"add_fprop_stream_{form.suffix}", Merge.ADD, dtype, run_add, replay_add)
+        _kernel(f"add_fprop_stream_{form.suffix}", Merge.ADD, dtype, run_add, replay=replay_add)
         for dtype, form in FORMATS.items()
     ),
-    _kernel("concat_fprop_stream_any", Merge.CONCAT, None, run_concat, replay_concat),
-    _kernel("add_fprop_stream_any", Merge.ADD, None, run_add_any, _no_replay),
+    _kernel("concat_fprop_stream_any", Merge.CONCAT, None, run_concat, replay=replay_concat),
+    _kernel("add_fprop_stream_any", Merge.ADD, None, run_add_any),
 )
