@@ -10,14 +10,20 @@ import pytest
 
 import fusionops as fo
 from fusionops.cpu import amx, commuted, device, gemm, jit, stream, threads
-from fusionops.cpu.stream import STREAM_BYTES
 from fusionops.cpu.tiling import SCRATCH_LIMIT, plan
 from fusionops.problems import conv
 from fusionops.spec import Merge
 
-LARGE = STREAM_BYTES // 4  # float32 elements of an output that is stored around the caches
+LARGE = 1 << 20  # float32 elements of an output that many tasks store
 
 
+@pytest.fixture
+def around(monkeypatch):
+    """Outputs of every size are stored around the caches, whatever the host's are."""
+    monkeypatch.setattr(stream, "goes_around", lambda spec, device: True)
+
+
+@pytest.mark.usefixtures("around")
 def test_concat_into_reversed_channels_around_the_caches():
     side = int(np.sqrt(LARGE))
     sources = [np.full((1, side, side, 1), i + 1, np.float32) for i in range(3)]
@@ -26,6 +32,7 @@ def test_concat_into_reversed_channels_around_the_caches():
     np.testing.assert_array_equal(out, np.concatenate(sources, -1))
 
 
+@pytest.mark.usefixtures("around")
 def test_concat_into_rows_that_interleave_around_the_caches():
     rows = LARGE // 6 + 1
     base = np.zeros(rows * 12, np.float32)
@@ -37,9 +44,9 @@ def test_concat_into_rows_that_interleave_around_the_caches():
 
 @pytest.mark.parametrize("dtype", ["uint8", "float32"])
 @pytest.mark.parametrize("shortest", [1, 64])
-def test_concat_of_runs_of_any_length_around_the_caches(dtype, shortest, monkeypatch):
+@pytest.mark.usefixtures("around")
+def test_concat_of_runs_of_any_length_around_the_caches(dtype, shortest):
     """Lines that one run fills, that two or three share, at any place in a line of the output and of the sources."""
-    monkeypatch.setattr(stream, "STREAM_BYTES", 0)
     rng = np.random.default_rng(5)
     for _ in range(60):
         rows, size = rng.integers(1, 70), np.dtype(dtype).itemsize
@@ -57,6 +64,7 @@ def test_concat_of_runs_of_any_length_around_the_caches(dtype, shortest, monkeyp
 
 
 @pytest.mark.parametrize("offset", [1, 2, 4, 8])
+@pytest.mark.usefixtures("around")
 def test_add_into_an_unaligned_output_around_the_caches(offset):
     x = np.arange(2 * LARGE, dtype=np.float32)
     memory = np.zeros(x.nbytes + 64, np.uint8)

@@ -26,7 +26,7 @@ from kernel_checks import (
 )
 
 from fusionops import cpu, reference
-from fusionops.cpu import amx, stream, threads
+from fusionops.cpu import amx, threads, winograd
 from fusionops.device import CPU_PROFILES
 from fusionops.kernel import Filters, Kernel
 from fusionops.problems import PROBLEMS, Problem, conv
@@ -215,7 +215,7 @@ def test_stores_around_the_caches_do_not_change_bits(kernel, problem, layout, mo
     spec = problem.spec
     operands = random_operands(spec, rng_of(problem))
     plain = execute(kernel, spec, operands, layout)
-    monkeypatch.setattr(stream, "STREAM_BYTES", 0)
+    monkeypatch.setattr(winograd, "AROUND_BYTES", 0)
     assert kernel.plan(spec, cpu.device()).around == (spec.conv.K % kernel.plan(spec, cpu.device()).width == 0)
     assert_same_bits(execute(kernel, spec, operands, layout), plain)
 

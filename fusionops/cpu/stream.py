@@ -44,6 +44,10 @@ from fusionops.spec import ITEM_BYTES, FusionSpec, Merge, SourceSpec
 # a store through the caches first reads the line. Measured on two AVX-512 cores, median of 7 interleaved rounds: an add
 # is 1.15× as fast at 4 MiB and 1.2× at 64 MiB of output, a concat 1.05× and 1.35×.
 STREAM_BYTES = 1 << 22
+# That was with 105 MiB of L3 behind a mesh that dozens of cores share. A smaller one belongs to a few cores, is nearly
+# as fast as L2, and holds what is stored through it: with 32 MiB (AVX2, 2 cores), around the caches an add took 1.5
+# times as long at 4 MiB of output, 1.2 at 8, 0.8 at 12 and 0.65 at 32; a concat 2.4, 1.4, 1.3, and 0.75 from 16 on.
+NEAR_L3_BYTES = 1 << 26
 # Of the output that a task owns: some 20 µs. Half as much costs a concat 3 % more: each task ends in a partial line.
 SPAN_BYTES = 1 << 18
 SPAN_FLOPS = 3.0e6  # which take as long
@@ -75,7 +79,14 @@ class StreamConfig:
 
 def plan(spec: FusionSpec, device: CpuDevice) -> StreamConfig:
     item = ITEM_BYTES[spec.dtype]
-    return _config(math.prod(spec.out_shape), item, math.prod(spec.out_shape) * item >= STREAM_BYTES)
+    return _config(math.prod(spec.out_shape), item, goes_around(spec, device))
+
+
+def goes_around(spec: FusionSpec, device: CpuDevice) -> bool:
+    """Whether the output is stored around the caches: it is large, and no near cache holds it beside the sources."""
+    stored = math.prod(spec.out_shape) * ITEM_BYTES[spec.dtype]
+    read = sum(math.prod(source.shape) * ITEM_BYTES[source.dtype] for source in spec.sources)
+    return stored >= STREAM_BYTES and (device.l3_bytes > NEAR_L3_BYTES or stored + read >= device.l3_bytes)
 
 
 def _config(elements: int, item: int, nontemporal: bool) -> StreamConfig:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from fusionops import kernel
-from fusionops.cpu import launch, stream
+from fusionops.cpu import launch
 from fusionops.cpu import params as at
 from fusionops.cpu.block import Strides, Words
 from fusionops.cpu.direct import common_reasons
@@ -83,6 +83,9 @@ FAR_COST, NEAR_COST = 0.3, 0.1
 # Loading and transforming a patch costs as much as multiplying it with this many filters: 2.3 ms beside 4.9 for 64
 # filters of 128 channels, 2.0 beside 24 for 512 of 1024.
 TRANSFORM_FILTERS = 40
+# Outputs from so many bytes on are stored around the caches (decision 0003). Where L3 is near, 0.95 to 1.01 of the time
+# through them, in eight problems of 4 to 17 MiB of output.
+AROUND_BYTES = 1 << 22
 # Tasks are cut so that so many cores have the same to do. Fixed numbers: plans do not depend on the number of threads.
 CORES = (2, 4)
 # Widest strip: the patches of 8 tiles of 64 channels take 52 KiB. Strips of 4 and 16 took 0.97 to 1.05 times as long.
@@ -179,7 +182,7 @@ def _tilings(spec: FusionSpec, device: CpuDevice) -> Iterator[tuple[float, Winog
     blocks = -(-K // width)
     packed = POINTS * blocks * width * C * patches
     is_near = packed * ITEM <= device.l2_bytes
-    is_large = not FORMATS[spec.dtype].is_narrow and math.prod(spec.out_shape) * ITEM >= stream.STREAM_BYTES
+    is_large = not FORMATS[spec.dtype].is_narrow and math.prod(spec.out_shape) * ITEM >= AROUND_BYTES
     half, quarter = shorter_tiles(mr)
     row_tiles = balanced(-(-spec.Q // outputs), RUN)
     strip_rows = (outputs - 1) * conv.stride[0] + conv.R
