@@ -24,6 +24,7 @@ from fusionops.cpu.tiling import (
     Tiling,
     balanced,
     choose_register_tile,
+    enough_parts,
     whole_lines,
 )
 from fusionops.device import CpuDevice
@@ -118,6 +119,8 @@ def plan(spec: FusionSpec, device: CpuDevice) -> GemmTiling:
     wanted = min(TILE_PIXELS, max(SMALLEST_TILE_PIXELS, pixels * tasks_of_filters // ENOUGH_TILES))
     tile_q = balanced(Q, -(-wanted // mr) * mr)
     tile_p = balanced(P, max(1, wanted // tile_q))
+    tiles = conv2d.groups * -(-P // tile_p) * -(-Q // tile_q) * (1 if is_flat else spec.N)
+    task_blocks = enough_parts(blocks, task_blocks, tiles)
     while True:
         tiling = GemmTiling(
             bits=8 * item, mr=mr, nv=nv, depth=depth, chunks=-(-channels // depth), blocks=blocks,

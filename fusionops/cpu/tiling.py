@@ -28,6 +28,8 @@ SMALLEST_TILE_PIXELS = 64
 WIDEST_TILE = 32
 # Filters of one task, in output channels: bounds the sums a task keeps when the reduction is cut into chunks.
 TASK_FILTERS = 256
+# A small map has few output tiles; then filters are cut into more parts, which load the tile once each.
+ENOUGH_TASKS = 4
 # Share of L2 for the filter chunk that all pixels of a tile are multiplied with; the tile itself takes about as much.
 FILTER_SHARE = 4
 # Tiles one vector wide load nearly as often as they multiply. Alone, in L1, one of 24×1 vectors reaches the FMA peak;
@@ -180,6 +182,12 @@ def balanced(extent: int, limit: int) -> int:
     return -(-extent // -(-extent // limit)) if extent else 1
 
 
+def enough_parts(blocks: int, task_blocks: int, tiles: int) -> int:
+    """Filter blocks of a task: task_blocks, or fewer where `tiles` output tiles alone would leave cores idle."""
+    parts = max(-(-blocks // task_blocks), min(blocks, -(-ENOUGH_TASKS // max(1, tiles))))
+    return -(-blocks // parts)
+
+
 def plan(spec: FusionSpec, device: CpuDevice, *, most_pixels: int | None = None) -> ConvTiling:
     """The tiling of a contraction tap by tap; most_pixels bounds those of a register tile."""
     conv = spec.conv
@@ -196,6 +204,8 @@ def plan(spec: FusionSpec, device: CpuDevice, *, most_pixels: int | None = None)
     wanted = min(TILE_PIXELS, max(SMALLEST_TILE_PIXELS, pixels * tasks_of_filters // ENOUGH_TILES))
     tile_q = balanced(spec.Q, min(WIDEST_TILE, max(spec.Q // 8, 16)))
     tile_p = balanced(spec.P, max(1, wanted // tile_q))
+
+    task_blocks = enough_parts(blocks, task_blocks, spec.N * conv.groups * -(-spec.P // tile_p) * -(-spec.Q // tile_q))
 
     depth = balanced(group_channels, max(16, device.l2_bytes // FILTER_SHARE // (conv.R * conv.S * width * item)))
     while True:
