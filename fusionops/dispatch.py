@@ -121,7 +121,7 @@ def select(spec: FusionSpec, name: str) -> Kernel:
     chosen = _usable(name)
     able = [kernel for kernel in chosen.kernels if not kernel.unsupported(spec)]
     for kernel in able:
-        if not kernel.slow(spec):
+        if not kernel.slow(spec, chosen.device):
             return kernel
     if able:
         return able[0]
@@ -237,9 +237,10 @@ def explain(call: Call, requested: str | None) -> Explanation:
     kernel, config = planned(call.judgement, name)
     counted = cost(call, requested)
     formed = counted.contraction_flops if config is None or kernel.products is None else 2 * kernel.products(spec)
+    chosen, last = backend(name), ("could run it, but stands later in the table",)
     others = tuple(
-        (other.name, other.unsupported(spec) or other.slow(spec) or ("could run it, but stands later in the table",))
-        for other in sorted(backend(name).kernels, key=lambda other: len(other.unsupported(spec)))
+        (other.name, other.unsupported(spec) or other.slow(spec, chosen.device) or last)
+        for other in sorted(chosen.kernels, key=lambda other: len(other.unsupported(spec)))
         if other is not kernel
     )
     return Explanation(spec, name, kernel.name, config, formed, others, call.copies, counted)

@@ -112,7 +112,7 @@ class Kernel:
     """An implementation of a region of the family.
 
     unsupported(spec)   every reason it cannot run `spec` correctly, however slow: preference is dispatch's
-    slow(spec)          every reason why a kernel further down the table is likely to run it faster
+    slow(spec, device)  every reason why a kernel further down the table is likely to run it faster
     products(spec)      multiply-adds that it forms, fill included, where these are not the definition's
     plan(spec, device)  how it would run; pure
     run(spec, config, operands, out)   writes out; validates nothing, decides nothing
@@ -123,6 +123,6 @@ class Kernel:
     unsupported: Callable[[FusionSpec], tuple[str, ...]]
     plan: Callable[[FusionSpec, Any], Config]
     run: Callable[[FusionSpec, Any, Operands, Array], None]
-    slow: Callable[[FusionSpec], tuple[str, ...]] = lambda spec: ()
+    slow: Callable[[FusionSpec, Any], tuple[str, ...]] = lambda spec, device: ()
     products: Callable[[FusionSpec], int] | None = None
     replay: Callable[[FusionSpec, Any, Strides], Replay | None] = lambda spec, config, strides: None

@@ -13,7 +13,8 @@ import pytest
 import fusionops as fo
 from fusionops import dispatch
 from fusionops.binding import bind_conv
-from fusionops.cpu import amx
+from fusionops.cpu import amx, winograd
+from fusionops.device import AVX2_LAPTOP, AVX512_SERVER, CpuDevice
 from fusionops.dispatch import Backend, ReferenceConfig
 from fusionops.kernel import Kernel
 from fusionops.spec import FusionSpec, Merge, SourceSpec
@@ -53,7 +54,7 @@ class Fake:
             if operands.merged is not None:
                 operands.merged[...] = -self.writes
 
-        return Kernel(self.name, unsupported, plan, run, lambda spec: self.slow)
+        return Kernel(self.name, unsupported, plan, run, lambda spec, device: self.slow)
 
 
 @pytest.fixture
@@ -249,7 +250,7 @@ CHOSEN = [
     ("strict", lambda: fo.explain(fo.add_conv, [WIDE], WIDE_F, strict=True), "cpu.add_conv_fprop_direct_f32"),
     ("strided", lambda: fo.explain(fo.add_conv, [WIDE], WIDE_F, stride=2), "cpu.add_conv_fprop_direct_f32"),
     ("dilated", lambda: fo.explain(fo.add_conv, [WIDE], WIDE_F, dilation=2), "cpu.add_conv_fprop_direct_f32"),
-    ("few_tiles", lambda: fo.explain(fo.add_conv, [WIDE[:, 16:]] * 9, WIDE_F), "cpu.add_conv_fprop_direct_f32"),
+    ("few_tiles", lambda: fo.explain(fo.add_conv, [WIDE[:, 16:, :14]] * 9, WIDE_F), "cpu.add_conv_fprop_direct_f32"),
     ("few_taps", lambda: fo.explain(fo.add_conv, [DOT], WIDE_F, padding=1), "cpu.add_conv_fprop_direct_f32"),
     ("pointwise", lambda: fo.explain(fo.add_conv, [X, X], ONE), "cpu.add_conv_fprop_gemm_f32"),
     ("pointwise_same", lambda: fo.explain(fo.concat_conv, [X], ONE, padding="same"), "cpu.concat_conv_fprop_gemm_f32"),
@@ -262,6 +263,17 @@ CHOSEN = [
 @pytest.mark.parametrize(("explain", "kernel"), [row[1:] for row in CHOSEN], ids=[row[0] for row in CHOSEN])
 def test_kernel_that_runs(explain, kernel):
     assert explain().kernel == kernel
+
+
+def test_where_vectors_are_narrow_fewer_tiles_are_worth_transformed_filters():
+    """Products take longer there, and reading filters does not."""
+
+    def runs(tiles: int, device: CpuDevice) -> bool:
+        call = bind_conv("add_conv", [full(1, 4 * tiles + 2, 6, 512)], full(3, 3, 512, 512))
+        return not winograd.slow(call.judgement.spec, device)
+
+    assert [tiles for tiles in (3, 4, 24, 25) if runs(tiles, AVX512_SERVER)] == [25]
+    assert [tiles for tiles in (3, 4, 24, 25) if runs(tiles, AVX2_LAPTOP)] == [4, 24, 25]
 
 
 def test_remembered_choice_is_the_choice():

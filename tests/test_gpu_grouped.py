@@ -159,8 +159,8 @@ def test_depthwise_convolutions_are_never_slow_and_wide_groups_are():
             for strict in (True, False):
                 depthwise = in_dtype(layout(conv("d", ADD, (64, 64), 64, groups=64, strict=strict)), dtype)
                 wide = in_dtype(layout(conv("w", ADD, (256, 256), 256, groups=2, strict=strict)), dtype)
-                assert grouped.slow(depthwise.spec) == ()
-                (reason,) = grouped.slow(wide.spec)
+                assert grouped.slow(depthwise.spec, H200) == ()
+                (reason,) = grouped.slow(wide.spec, H200)
                 assert reason.startswith("a group has 128 filters of 128 channels")
 
 

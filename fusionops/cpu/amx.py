@@ -183,7 +183,7 @@ def _smallest_bytes(spec: FusionSpec) -> int:
     return _tiling(spec, 1, 1).scratch_bytes
 
 
-def slow(spec: FusionSpec) -> tuple[str, ...]:
+def slow(spec: FusionSpec, device: CpuDevice) -> tuple[str, ...]:
     """Why vectors would be faster."""
     tiling = _best(spec)[1]
     pixels = tiling.tile_p * tiling.tile_q

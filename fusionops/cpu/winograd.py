@@ -63,12 +63,17 @@ FEWEST_TAPS = 0.5
 # with 512 of each, 1.0 with 25. 5×5 filters, tiles of 2×2: prepacked 0.2 to 0.5 with 9, also with 512 channels and
 # filters; transformed at each call 0.5 to 0.6 with 9 to 25, and 1.7 to 2.0 with 512 of each.
 FEWEST_TILES, ENOUGH_TILES = 9, 25
+# Those were vectors of 64 bytes. With vectors half as wide products take twice as long and filters come as fast: of the
+# time tap by tap Winograd took 0.4 to 0.6 with 4 whole tiles of 128 to 512 channels and filters (AVX2, prepacked), 0.35
+# to 0.55 with 9 and 16 of 512, 0.5 to 0.8 with one or two of up to 256 and 1.3 there with 512.
+FEWEST_TILES_OF_NARROW = 4
 SMALL_FILTERS = 1 << 17
 # Filters that are cut into sections, and those of 2×2 taps, save less, and what they take is estimated for an image, in
 # products: transforming a patch as those of so many filters; reading the transformed filters as those of so many tiles,
 # fewer where they stay in L2; LEAST_GAIN is asked for. Of 95 problems (2×2 to 7×7 taps, strides 1 and 2, 14×14 to
 # 112×112 outputs of 32 to 512 channels and filters, prepacked, 3 interleaved rounds) the estimate was right by a factor
 # of 1.4 (standard deviation). 7×7 took 0.3 to 0.9 of the time tap by tap, 4×4 0.4 to 0.9, 3×3 of stride 2 1.0 to 3.
+# With vectors half as wide reading costs half: then right by a factor of 1.5 in 30 problems, mostly too low (AVX2).
 PATCH_FILTERS = 30
 NEAR_FILTERS_TILES, FAR_FILTERS_TILES, NEAR_BYTES = 5, 20, 1 << 21
 LEAST_GAIN = 1.15
@@ -261,19 +266,21 @@ def _share_of_taps(spec: FusionSpec) -> float:
     return share(spec.P, spec.H, top, spec.conv.R, stride_h) * share(spec.Q, spec.W, left, spec.conv.S, stride_w)
 
 
-def slow(spec: FusionSpec) -> tuple[str, ...]:
+def slow(spec: FusionSpec, device: CpuDevice) -> tuple[str, ...]:
     """Why the taps one by one would be faster. Of one image: the choice does not depend on the batch."""
     conv, taps = spec.conv, taps_of(spec.conv)
     outputs, patches = outputs_of(taps), _patches(conv, taps)
     tiles = -(-spec.P // outputs) * -(-spec.Q // outputs)
     enough = FEWEST_TILES if spec.C * conv.K * patches <= SMALL_FILTERS else ENOUGH_TILES
+    if device.vector_bytes < VECTOR_BYTES:
+        enough = FEWEST_TILES_OF_NARROW
     if tiles < enough:
         return (
             f"an image has {tiles} tiles of {outputs}x{outputs} outputs, {enough} are worth transforming the filters",
         )
     if patches > 1 or taps == 2:
         is_near = POINTS * patches * spec.C * conv.K * ITEM <= NEAR_BYTES
-        reading = NEAR_FILTERS_TILES if is_near else FAR_FILTERS_TILES
+        reading = (NEAR_FILTERS_TILES if is_near else FAR_FILTERS_TILES) * device.vector_bytes / VECTOR_BYTES
         transforms = PATCH_FILTERS * -(-spec.C // LINE) * LINE / spec.C  # of whole vectors of channels
         ours = POINTS * patches * (tiles * (1 + transforms / conv.K) + reading)
         gain = conv.R * conv.S * spec.P * spec.Q / ours

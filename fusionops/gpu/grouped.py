@@ -122,7 +122,7 @@ def own_cycles(spec: FusionSpec) -> float:
     return max((1 + widened) * LANES / PRODUCTS[spec.dtype], loads * max(1, LANES * run * item / CACHE_BYTES))
 
 
-def tile_cycles(spec: FusionSpec) -> float:
+def tile_cycles(spec: FusionSpec, device: GpuDevice) -> float:
     """For LANES products of the best implicit matrix product: of what its tile multiplies, filled or not."""
 
     def share(extent: int, tile: int) -> float:
@@ -131,16 +131,16 @@ def tile_cycles(spec: FusionSpec) -> float:
     channels, filters = group_extents(spec)
     tile = igemm.TILES[igemm.computed_bytes(spec.dtype)][-1]
     cycles = LANES / (PRODUCTS[spec.dtype] * tile.share_of_products * share(filters, tile.bn))
-    if mma.may_round(spec) and not mma.slow(spec):
+    if mma.may_round(spec) and not mma.slow(spec, device):
         used = share(filters, mma.FILTERS[-1]) * share(channels, mma.STEP_BYTES // ITEM_BYTES[spec.dtype])
         cycles = min(cycles, LANES / (TENSOR_PRODUCTS * used))
     return cycles
 
 
-def slow(spec: FusionSpec) -> tuple[str, ...]:
+def slow(spec: FusionSpec, device: GpuDevice) -> tuple[str, ...]:
     """Why an implicit matrix product would be faster."""
     channels, filters = group_extents(spec)
-    if tile_cycles(spec) < own_cycles(spec):
+    if tile_cycles(spec, device) < own_cycles(spec):
         return (
             f"a group has {filters} filters of {channels} channels, which fill the tile of a matrix product enough",
         )

@@ -68,7 +68,7 @@ def may_round(spec: FusionSpec) -> bool:
     return not spec.strict and (spec.dtype in ("float16", "bfloat16") or spec.precision == "tf32")
 
 
-def slow(spec: FusionSpec) -> tuple[str, ...]:
+def slow(spec: FusionSpec, device: GpuDevice) -> tuple[str, ...]:
     """Why CUDA cores would be faster."""
     filters = spec.conv.K // spec.conv.groups
     if filters < FEWEST_FILTERS:

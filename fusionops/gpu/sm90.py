@@ -229,7 +229,7 @@ def _share(spec: FusionSpec) -> float:
     return spec.conv.K / whole * spec.C / steps
 
 
-def slow(spec: FusionSpec) -> tuple[str, ...]:
+def slow(spec: FusionSpec, device: GpuDevice) -> tuple[str, ...]:
     """Why the tiles of sm_80 would be faster."""
     share = _share(spec)
     if share < LEAST_SHARE:
