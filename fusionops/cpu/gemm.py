@@ -41,12 +41,9 @@ PANEL_BYTES = 64 * 1024
 COPY_TILES = 3
 # Rows of filters longer than this bring those of a block to a few sets of the L1 cache.
 LONG_ROW_BYTES = 512
-# Up to so many pixels a product is a sum of outer products. Register tiles took 1.3 to 4 times as long for 20 pixels
-# and 512, 1300, 2048 channels with 1024, 2600, 4096 filters, and 0.86 to 1.02 of the time for 32.
-OUTER_PIXELS = 24
-# Filters of a block then: 2 KiB of a row, which memory delivers faster than 1 KiB (1.1 to 1.4 times), if there are so
-# many and their sums stay in L1.
-OUTER_VECTORS = 32
+# Filters of a block then: 8 KiB of a row, if there are so many and their sums stay in L1. Memory delivers long runs
+# faster: 2 KiB 1.1 to 1.4 times as fast as 1, 8 KiB 1.0 to 1.5 times as fast as 2 (one pixel, 512 to 2048 channels).
+OUTER_VECTORS = 128
 OUTER_BYTES = 32 * 1024
 EVEN_BLOCKS = 4  # more blocks than this come in multiples of it, so that threads get equally many
 # Filters of a task that stay in L2 beside its pixels: then all of them are multiplied with one register tile of pixels
@@ -102,7 +99,7 @@ def plan(spec: FusionSpec, device: CpuDevice) -> GemmTiling:
     pixels = spec.N * spec.P * spec.Q
     mr, nv = choose_register_tile(filters, item, device)
     depth = balanced(channels, max(16, PANEL_BYTES // (nv * VECTOR_BYTES)))  # the same for few pixels as for many
-    is_outer = pixels <= OUTER_PIXELS
+    is_outer = pixels <= outer_task.MOST_PIXELS
     if is_outer:
         vectors = -(-filters * item // VECTOR_BYTES)
         most = min(OUTER_VECTORS, OUTER_BYTES // (pixels * VECTOR_BYTES), -(-vectors // 2))

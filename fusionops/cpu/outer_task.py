@@ -21,17 +21,22 @@ from fusionops.cpu import params as at
 from fusionops.cpu.conv import locate_task
 from fusionops.cpu.epilogue import finish_tile, scatter_tile
 from fusionops.cpu.gemm_task import list_sources, place_rows
-from fusionops.cpu.jit import task
+from fusionops.cpu.jit import inline, task
 from fusionops.cpu.microkernel import SEGMENT_WORDS
 from fusionops.cpu.prologue import load_tile, merge_rows
-from fusionops.cpu.simd import VECTOR_BYTES, Lanes, clear, vector_loop, word, words
+from fusionops.cpu.simd import VECTOR_BYTES, Lanes, clear, elements, vector_loop, word, words
 from fusionops.cpu.target import target
+from fusionops.cpu.transpose import stack_words
 
+# Of a tile. Register tiles took 1.3 to 4 times as long for 20 pixels and 512, 1300, 2048 channels with 1024, 2600, 4096
+# filters, and 0.86 to 1.02 of the time for 32.
+MOST_PIXELS = 24
 PIXELS_AT_ONCE = 4  # 2 took 1.02 of the time
 # At a time: sums are read and written once for as many rows of filters, which a quarter of the registers hold. With 16
 # instead of 8 the lines asked for ahead no longer fit L1: 1.1 times as long over ten dense layers of 1 to 24 rows.
 CHANNELS = min(8, target().vector_registers * target().vector_bytes // 128)
-AHEAD = 8  # vectors of each row; 4 took 1.02 of the time
+AHEAD = 64 // CHANNELS  # vectors of each row; half as far took 1.02 of the time
+NEAR_WORDS = MOST_PIXELS * CHANNELS
 
 
 @intrinsic(prefer_literal=True)
@@ -87,6 +92,19 @@ def add_outer_products(typing, bits, channels, rows, a, a_step, row, row_step, c
     return signature, codegen
 
 
+@inline
+def gather(bits, to, source, step, rows):
+    """Copies CHANNELS channels of each pixel side by side.
+
+    Rows a power of two apart fall into a few sets of L1: 20 pixels of 1024 channels took 1.6 times as long from there.
+    """
+    there = elements(bits, to)
+    for m in range(rows):
+        here = elements(bits, source + m * step)
+        for c in range(CHANNELS):
+            there[m * CHANNELS + c] = here[c]
+
+
 @functools.cache
 def outer_task(bits: int) -> int:
     """Address of the task, whatever the number of pixels and the width of a block."""
@@ -99,7 +117,7 @@ def outer_task(bits: int) -> int:
         rows, width, is_turned = (p1 - p0) * (q1 - q0), p[at.WIDTH], p[at.OUT_K] != 1
         outs, residuals, copy = scratch + p[at.AT_OUT], scratch + p[at.AT_RESIDUAL], scratch + p[at.AT_COPY]
         segments, total = scratch + p[at.AT_SEGMENTS], scratch + p[at.AT_SUMS]
-        table = words(segments)
+        table, near = words(segments), stack_words(NEAR_WORDS)
         place_rows(params, outs, residuals, n, p0, p1, q0, q1, rows)
         channels, filters = p[at.C] // p[at.GROUPS], p[at.K] // p[at.GROUPS]
         k0, used = group * filters + block * width, min(width, filters - block * width)
@@ -119,7 +137,8 @@ def outer_task(bits: int) -> int:
                 a, step, run = (table[s * SEGMENT_WORDS], table[s * SEGMENT_WORDS + 1], table[s * SEGMENT_WORDS + 2])
                 whole = run // CHANNELS * CHANNELS
                 for c in range(0, whole, CHANNELS):
-                    add_outer_products(bits, CHANNELS, rows, a + c * item, step, row, row_bytes, used,
+                    gather(bits, near, a + c * item, step, rows)
+                    add_outer_products(bits, CHANNELS, rows, near, CHANNELS * item, row, row_bytes, used,
                                        sums, width * item)  # fmt: skip
                     row += CHANNELS * row_bytes
                 for c in range(whole, run):
