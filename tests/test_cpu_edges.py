@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import fusionops as fo
-from fusionops.cpu import amx, commuted, device, gemm, jit, stream, threads
+from fusionops.cpu import amx, commuted, device, jit, outer_task, stream, threads
 from fusionops.cpu.tiling import SCRATCH_LIMIT, plan
 from fusionops.problems import conv
 from fusionops.spec import Merge
@@ -94,7 +94,7 @@ def test_a_field_of_a_record_as_output():
 def test_few_rows_have_the_bits_of_many(op, dtype, filters, kept):
     """Sums of outer products, whichever rows the batch is split into; 611 and 1222 channels are several chunks."""
     rng = np.random.default_rng(6)
-    rows = gemm.OUTER_PIXELS + 1
+    rows = outer_task.MOST_PIXELS + 1
     x, y = (rng.standard_normal((rows, 611)).astype(dtype) for _ in range(2))
     residual = rng.standard_normal((rows, filters)).astype(dtype)
     matrix = rng.standard_normal((611 * (1 if op is fo.add_dense else 2), filters)).astype(dtype)
@@ -107,7 +107,7 @@ def test_few_rows_have_the_bits_of_many(op, dtype, filters, kept):
 
     together = run(slice(None))
     for first in (0, 3):
-        for count in (1, 2, 3, 4, 7, gemm.OUTER_PIXELS - 3):
+        for count in (1, 2, 3, 4, 7, outer_task.MOST_PIXELS - 3):
             part = slice(first, first + count)
             np.testing.assert_array_equal(run(part), together[part])
 

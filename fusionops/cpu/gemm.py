@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import enum
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 
-from fusionops.cpu import conv, gemm_task, launch, outer_task
+from fusionops.cpu import conv, gemm_task, launch, outer_task, planes_task
 from fusionops.cpu import params as at
 from fusionops.cpu.block import Strides, Words, is_pointwise
 from fusionops.cpu.direct import common_reasons
@@ -46,10 +47,25 @@ LONG_ROW_BYTES = 512
 OUTER_VECTORS = 128
 OUTER_BYTES = 32 * 1024
 EVEN_BLOCKS = 4  # more blocks than this come in multiples of it, so that threads get equally many
+# Pixels of a task for few filters, and bytes of their sums that are kept in L1 at a time.
+PLANE_PIXELS = 1 << 14
+PLANE_BYTES = 1 << 13
+TURNED_VECTORS = 8  # of pixels that are turned into planes at a time: with their planes they stay in L1
 # Filters of a task that stay in L2 beside its pixels: then all of them are multiplied with one register tile of pixels
 # after the other, and outputs and residuals are whole rows. Took 0.86 of the time for 256 filters of 64 channels with a
 # residual, 0.92 and 0.96 in two small problems, no less in three others; with 1 MiB 1.05 in one of 768 channels.
 ROWS_FIRST_BYTES = 1 << 18
+
+
+class Task(enum.Enum):
+    """The code of a task; all sum in the same order."""
+
+    TILES = enum.auto()
+    OUTER = enum.auto()
+    PLANES = enum.auto()
+
+
+OTHER_TASKS = {Task.OUTER: outer_task.outer_task, Task.PLANES: planes_task.planes_task}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,19 +74,23 @@ class GemmTiling(Tiling):
 
     tile_p, tile_q   output rows and columns of a task: its pixels are the rows of a matrix
     sources          how many there are at most to list
-    is_outer         whether the task is that for few pixels
+    filters          of a group
+    turns            whether pixels have to be turned into planes
+    task             for many pixels and filters, for few pixels, or for few filters and pixels side by side
     """
 
     tile_p: int
     tile_q: int
     sources: int
-    is_outer: bool = False
+    filters: int
+    turns: bool
+    task: Task = Task.TILES
 
     __hash__ = Tiling.__hash__
 
     def registers(self, per_vector: int) -> int:
-        """Outer products take rows of filters as they have registers for."""
-        return 0 if self.is_outer else super().registers(per_vector)
+        """Outer products take what they have registers for."""
+        return super().registers(per_vector) if self.task is Task.TILES else 0
 
     @property
     def areas(self) -> tuple[int, ...]:
@@ -78,18 +98,53 @@ class GemmTiling(Tiling):
 
         Tile and filters come first: what is asked for ahead of them is not the memory that another thread writes.
         """
+        if self.task is Task.PLANES:
+            return self._areas_of_planes
+        is_outer = self.task is Task.OUTER
         pixels = -(-self.tile_p * self.tile_q // self.mr) * self.mr
         sums = pixels * self.width * self.item_bytes
-        kept = self.task_blocks * (2 if self.is_outer else 1) if self.chunks > 1 else 1
+        kept = self.task_blocks * (2 if is_outer else 1) if self.chunks > 1 else 1
         return whole_lines((
             pixels * self.depth * self.item_bytes,
-            0 if self.is_outer else self.depth * self.width * self.task_blocks * self.item_bytes,
+            0 if is_outer else self.depth * self.width * self.task_blocks * self.item_bytes,
             sums * kept,
             pixels * WORD_BYTES,
             pixels * WORD_BYTES,
-            sums if self.is_outer else self.mr * self.width * self.item_bytes,
+            sums if is_outer else self.mr * self.width * self.item_bytes,
             self.sources * SEGMENT_WORDS * WORD_BYTES,
         ))  # fmt: skip
+
+    @property
+    def span(self) -> int:
+        """Pixels of planes whose sums are computed at a time: whole vectors."""
+        vectors = TURNED_VECTORS if self.turns else max(1, PLANE_BYTES // (self.filters * VECTOR_BYTES))
+        return vectors * VECTOR_BYTES // self.item_bytes
+
+    @property
+    def _areas_of_planes(self) -> tuple[int, ...]:
+        """Of a loaded tile or a plane with its pixels in place, planes, sums, a residual."""
+        line, lanes = self.span * self.item_bytes, VECTOR_BYTES // self.item_bytes
+        sums = self.filters * line * (2 if self.chunks > 1 else 1)
+        return whole_lines((lanes * line, lanes * line, sums, 0, 0, line, 0))
+
+
+def _task(spec: FusionSpec) -> Task:
+    """The task for a contraction: of the merged map and the filters alone."""
+    if spec.N * spec.P * spec.Q <= outer_task.MOST_PIXELS:
+        return Task.OUTER
+    if (
+        not isinstance(spec.contraction, Conv2d)
+        or spec.conv.K > planes_task.MOST_FILTERS
+        or spec.conv.groups > 1
+        or FORMATS[spec.dtype].is_narrow
+    ):
+        return Task.TILES
+    return Task.PLANES
+
+
+def _is_in_planes(spec: FusionSpec) -> bool:
+    """Whether the pixels of a channel lie side by side in all sources."""
+    return spec.layout is Layout.NCHW or all(source.shape[spec.channel_axis] == 1 for source in spec.sources)
 
 
 def plan(spec: FusionSpec, device: CpuDevice) -> GemmTiling:
@@ -99,8 +154,10 @@ def plan(spec: FusionSpec, device: CpuDevice) -> GemmTiling:
     pixels = spec.N * spec.P * spec.Q
     mr, nv = choose_register_tile(filters, item, device)
     depth = balanced(channels, max(16, PANEL_BYTES // (nv * VECTOR_BYTES)))  # the same for few pixels as for many
-    is_outer = pixels <= outer_task.MOST_PIXELS
-    if is_outer:
+    task = _task(spec)
+    if task is Task.PLANES:
+        mr = 1
+    if task is Task.OUTER:
         vectors = -(-filters * item // VECTOR_BYTES)
         most = min(OUTER_VECTORS, OUTER_BYTES // (pixels * VECTOR_BYTES), -(-vectors // 2))
         count = -(-vectors // max(1, most))
@@ -108,12 +165,13 @@ def plan(spec: FusionSpec, device: CpuDevice) -> GemmTiling:
         mr, nv = 1, -(-vectors // count)
     width = nv * VECTOR_BYTES // item
     blocks = -(-filters // width)
-    task_blocks = 1 if is_outer else balanced(blocks, max(1, TASK_FILTERS // width))
+    task_blocks = balanced(blocks, max(1, TASK_FILTERS // width)) if task is Task.TILES else 1
 
     is_flat = not any(source.upsample != (1, 1) for source in (*spec.sources, *filter(None, [spec.residual])))
     P, Q = (1, spec.N * spec.P * spec.Q) if is_flat else (spec.P, spec.Q)
     tasks_of_filters = conv2d.groups * -(-blocks // task_blocks)
-    wanted = min(TILE_PIXELS, max(SMALLEST_TILE_PIXELS, pixels * tasks_of_filters // ENOUGH_TILES))
+    most = PLANE_PIXELS if task is Task.PLANES else TILE_PIXELS
+    wanted = min(most, max(SMALLEST_TILE_PIXELS, pixels * tasks_of_filters // ENOUGH_TILES))
     tile_q = balanced(Q, -(-wanted // mr) * mr)
     tile_p = balanced(P, max(1, wanted // tile_q))
     tiles = conv2d.groups * -(-P // tile_p) * -(-Q // tile_q) * (1 if is_flat else spec.N)
@@ -122,7 +180,7 @@ def plan(spec: FusionSpec, device: CpuDevice) -> GemmTiling:
         tiling = GemmTiling(
             bits=8 * item, mr=mr, nv=nv, depth=depth, chunks=-(-channels // depth), blocks=blocks,
             task_blocks=task_blocks, packed_elements=conv2d.groups * blocks * width * channels,
-            tile_p=tile_p, tile_q=tile_q, sources=len(spec.sources), is_outer=is_outer,
+            tile_p=tile_p, tile_q=tile_q, sources=len(spec.sources), filters=filters, turns=not _is_in_planes(spec), task=task,
         )  # fmt: skip
         if tiling.scratch_bytes <= SCRATCH_LIMIT:
             return tiling
@@ -137,6 +195,7 @@ def cut(spec: FusionSpec, tiling: GemmTiling, words: Words, filters: Strides | N
     tiles_p, tiles_q = -(-P // tile_p), -(-Q // tile_q)
     words[at.TILE_P : at.TILES_Q + 1] = tile_p, tile_q, tiles_p, tiles_q
     words[list(AREAS)] = np.cumsum(tiling.areas)[:-1]
+    words[at.PITCH], words[at.IN_PLANES] = tiling.span, not tiling.turns
     words[at.READS_SOURCES] = (
         not is_narrow and _has_one_source_a_channel(spec, words) and (tile_p == 1 or _rows_follow(words, tile_q))
     )
@@ -144,7 +203,7 @@ def cut(spec: FusionSpec, tiling: GemmTiling, words: Words, filters: Strides | N
     rows = None if filters is None or is_narrow else _channel_step(spec, filters, tiling.item_bytes)
     if rows is not None:
         is_long = abs(rows) * tiling.item_bytes > LONG_ROW_BYTES and tile_p * tile_q > COPY_TILES * tiling.mr
-        words[at.COPIES_FILTERS] = not tiling.is_outer and (is_long or group_filters % width != 0)
+        words[at.COPIES_FILTERS] = tiling.task is Task.TILES and (is_long or group_filters % width != 0)
         steps = rows, width, group_filters
     else:
         steps = width, width * channels, width * channels * tiling.blocks
@@ -186,9 +245,9 @@ ROWS = launch.Algorithm(
     "rows",
     cut,
     lambda tiling: (
-        outer_task.outer_task(tiling.bits)
-        if tiling.is_outer
-        else gemm_task.gemm_task(tiling.bits, tiling.mr, tiling.nv)
+        gemm_task.gemm_task(tiling.bits, tiling.mr, tiling.nv)
+        if tiling.task is Task.TILES
+        else OTHER_TASKS[tiling.task](tiling.bits)
     ),
     conv.pack_task,
 )
