@@ -15,7 +15,7 @@ from fusionops.cpu.epilogue import finish_rows
 from fusionops.cpu.formats import Stored, literals, store_rows
 from fusionops.cpu.jit import inline, task
 from fusionops.cpu.prologue import merge_rows
-from fusionops.cpu.simd import I64, VECTOR_BYTES, Lanes, doubles, elements, word, words
+from fusionops.cpu.simd import I64, VECTOR_BYTES, Lanes, Tail, doubles, elements, word, words
 from fusionops.cpu.transpose import stack_words
 
 # Words of an add: these, the extents, then for each operand (output first) base, weight kind, weight, steps, factors.
@@ -44,10 +44,10 @@ def add_run(typing, bits, stored, to, table, sources, count, nontemporal):
         to, table = there.pointer(address), b.inttoptr(table, I64.as_pointer())
         sums = [cgutils.alloca_once(b, lanes.type) for _ in range(UNROLL)]
 
-        def span(offset: ir.Value, vectors: int, mask: ir.Value | None, store: Any) -> None:
+        def span(offset: ir.Value, vectors: int, tail: Tail | None, store: Any) -> None:
             def load(source: ir.Value, v: int) -> ir.Value:
                 place = b.gep(there.pointer(b.load(b.gep(table, [source]))), [b.add(offset, word(v * lanes.count))])
-                return there.load(place, mask)
+                return there.load(place, tail)
 
             for v in range(vectors):
                 b.store(load(word(0), v), sums[v])
@@ -59,8 +59,8 @@ def add_run(typing, bits, stored, to, table, sources, count, nontemporal):
 
         def masked(offset: ir.Value, rest: ir.Value) -> None:
             with b.if_then(b.icmp_signed(">", rest, word(0))):
-                mask = lanes.tail_mask(rest)
-                span(offset, 1, mask, lambda value, place: there.store(value, place, mask))
+                tail = lanes.tail(rest)
+                span(offset, 1, tail, lambda value, place: there.store(value, place, tail))
 
         def body(start: ir.Value, store: Any) -> ir.Value:
             """Whole vectors from `start` on; returns where they end."""

@@ -21,6 +21,7 @@ from fusionops.cpu.simd import (
     I64,
     VECTOR_BYTES,
     Lanes,
+    Tail,
     call,
     doubles,
     elements,
@@ -65,19 +66,19 @@ def finish_rows(typing, bits, rows, to, places, sums, step, count, bias, residua
             return b.gep(base, [b.load(b.select(missing, even, entry))])
 
         def run(name: str | None) -> None:
-            def body(offset: ir.Value, mask: ir.Value | None) -> None:
+            def body(offset: ir.Value, tail: Tail | None) -> None:
                 """One vector of channels of every row: what depends on the channel alone is loaded once."""
                 b.store(lanes.constant(-0.0), term)  # x + −0 is x, for every x
                 with b.if_then(has_bias):
-                    b.store(lanes.load_part(b.gep(bias, [offset]), mask), term)
+                    b.store(lanes.load_part(b.gep(bias, [offset]), tail), term)
                 with cgutils.for_range(b, rows) as r:
                     sums = b.gep(first_sum, [b.add(b.mul(r.index, step), offset)])
-                    b.store(b.fadd(lanes.load_part(sums, mask), b.load(term)), value)
+                    b.store(b.fadd(lanes.load_part(sums, tail), b.load(term)), value)
                     with b.if_then(has_residual):
                         residual = b.gep(row_start(residual_places, r.index, first_residual), [offset])
-                        b.store(b.fadd(b.load(value), lanes.load_part(residual, mask)), value)
+                        b.store(b.fadd(b.load(value), lanes.load_part(residual, tail)), value)
                     result = activations.apply(name, lanes, b.load(value), slopes)
-                    lanes.store_part(result, b.gep(row_start(places, r.index, first_to), [offset]), mask)
+                    lanes.store_part(result, b.gep(row_start(places, r.index, first_to), [offset]), tail)
 
             vector_loop(b, lanes, count, body)
 

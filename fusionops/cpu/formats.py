@@ -13,7 +13,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from fusionops.cpu.simd import I16, I32, Lanes, vector_loop
+from fusionops.cpu.simd import I16, I32, Lanes, Tail, vector_loop
 from fusionops.cpu.target import target
 
 F16, BF16 = 16, 17  # literals that numba's cache tells apart; an eighth of each is its bytes, as of 32 and 64
@@ -129,16 +129,16 @@ class Stored:
     def pointer(self, address: ir.Value, element: ir.Value | None = None) -> ir.Value:
         return (self._shorts if self.is_narrow else self.lanes).pointer(address, element)
 
-    def load(self, pointer: ir.Value, mask: ir.Value | None = None) -> ir.Value:
+    def load(self, pointer: ir.Value, tail: Tail | None = None) -> ir.Value:
         if not self.is_narrow:
-            return self.lanes.load_part(pointer, mask)
-        return _WIDEN[self.stored](self._words, self._shorts.load_part(pointer, mask))
+            return self.lanes.load_part(pointer, tail)
+        return _WIDEN[self.stored](self._words, self._shorts.load_part(pointer, tail))
 
-    def store(self, value: ir.Value, pointer: ir.Value, mask: ir.Value | None = None) -> None:
+    def store(self, value: ir.Value, pointer: ir.Value, tail: Tail | None = None) -> None:
         if self.is_narrow:
-            self._shorts.store_part(_NARROW[self.stored](self._words, value), pointer, mask)
+            self._shorts.store_part(_NARROW[self.stored](self._words, value), pointer, tail)
         else:
-            self.lanes.store_part(value, pointer, mask)
+            self.lanes.store_part(value, pointer, tail)
 
     def stream(self, value: ir.Value, pointer: ir.Value) -> None:
         """A store around the caches; `pointer` is aligned to the bytes of a vector as it is stored."""
@@ -230,8 +230,8 @@ def store_rows(typing, bits, stored, to, to_step, source, step, rows, count):
         with cgutils.for_range(b, rows) as r:
             to, source = b.gep(first_to, [b.mul(r.index, to_step)]), b.gep(first_source, [b.mul(r.index, step)])
 
-            def body(offset: ir.Value, mask: ir.Value | None) -> None:
-                there.store(lanes.load_part(b.gep(source, [offset]), mask), b.gep(to, [offset]), mask)
+            def body(offset: ir.Value, tail: Tail | None) -> None:
+                there.store(lanes.load_part(b.gep(source, [offset]), tail), b.gep(to, [offset]), tail)
 
             vector_loop(b, lanes, count, body)
         return context.get_dummy_value()

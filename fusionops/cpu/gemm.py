@@ -50,7 +50,6 @@ EVEN_BLOCKS = 4  # more blocks than this come in multiples of it, so that thread
 # Pixels of a task for few filters, and bytes of their sums that are kept in L1 at a time.
 PLANE_PIXELS = 1 << 14
 PLANE_BYTES = 1 << 13
-TURNED_VECTORS = 8  # of pixels that are turned into planes at a time: with their planes they stay in L1
 # Filters of a task that stay in L2 beside its pixels: then all of them are multiplied with one register tile of pixels
 # after the other, and outputs and residuals are whole rows. Took 0.86 of the time for 256 filters of 64 channels with a
 # residual, 0.92 and 0.96 in two small problems, no less in three others; with 1 MiB 1.05 in one of 768 channels.
@@ -75,7 +74,6 @@ class GemmTiling(Tiling):
     tile_p, tile_q   output rows and columns of a task: its pixels are the rows of a matrix
     sources          how many there are at most to list
     filters          of a group
-    turns            whether pixels have to be turned into planes
     task             for many pixels and filters, for few pixels, or for few filters and pixels side by side
     """
 
@@ -83,7 +81,6 @@ class GemmTiling(Tiling):
     tile_q: int
     sources: int
     filters: int
-    turns: bool
     task: Task = Task.TILES
 
     __hash__ = Tiling.__hash__
@@ -117,15 +114,14 @@ class GemmTiling(Tiling):
     @property
     def span(self) -> int:
         """Pixels of planes whose sums are computed at a time: whole vectors."""
-        vectors = TURNED_VECTORS if self.turns else max(1, PLANE_BYTES // (self.filters * VECTOR_BYTES))
-        return vectors * VECTOR_BYTES // self.item_bytes
+        return max(1, PLANE_BYTES // (self.filters * VECTOR_BYTES)) * VECTOR_BYTES // self.item_bytes
 
     @property
     def _areas_of_planes(self) -> tuple[int, ...]:
-        """Of a loaded tile or a plane with its pixels in place, planes, sums, a residual."""
-        line, lanes = self.span * self.item_bytes, VECTOR_BYTES // self.item_bytes
+        """Of a plane with its pixels in place, merged planes, sums, a residual."""
+        line = self.span * self.item_bytes
         sums = self.filters * line * (2 if self.chunks > 1 else 1)
-        return whole_lines((lanes * line, lanes * line, sums, 0, 0, line, 0))
+        return whole_lines((line, planes_task.AT_ONCE * line, sums, 0, 0, line, 0))
 
 
 def _task(spec: FusionSpec) -> Task:
@@ -139,7 +135,7 @@ def _task(spec: FusionSpec) -> Task:
         or FORMATS[spec.dtype].is_narrow
     ):
         return Task.TILES
-    return Task.PLANES
+    return Task.PLANES if _is_in_planes(spec) else Task.TILES
 
 
 def _is_in_planes(spec: FusionSpec) -> bool:
@@ -180,7 +176,8 @@ def plan(spec: FusionSpec, device: CpuDevice) -> GemmTiling:
         tiling = GemmTiling(
             bits=8 * item, mr=mr, nv=nv, depth=depth, chunks=-(-channels // depth), blocks=blocks,
             task_blocks=task_blocks, packed_elements=conv2d.groups * blocks * width * channels,
-            tile_p=tile_p, tile_q=tile_q, sources=len(spec.sources), filters=filters, turns=not _is_in_planes(spec), task=task,
+            tile_p=tile_p, tile_q=tile_q, sources=len(spec.sources), filters=filters,
+            task=task,
         )  # fmt: skip
         if tiling.scratch_bytes <= SCRATCH_LIMIT:
             return tiling
@@ -195,7 +192,7 @@ def cut(spec: FusionSpec, tiling: GemmTiling, words: Words, filters: Strides | N
     tiles_p, tiles_q = -(-P // tile_p), -(-Q // tile_q)
     words[at.TILE_P : at.TILES_Q + 1] = tile_p, tile_q, tiles_p, tiles_q
     words[list(AREAS)] = np.cumsum(tiling.areas)[:-1]
-    words[at.PITCH], words[at.IN_PLANES] = tiling.span, not tiling.turns
+    words[at.PITCH] = tiling.span
     words[at.READS_SOURCES] = (
         not is_narrow and _has_one_source_a_channel(spec, words) and (tile_p == 1 or _rows_follow(words, tile_q))
     )

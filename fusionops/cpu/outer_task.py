@@ -24,7 +24,7 @@ from fusionops.cpu.gemm_task import list_sources, place_rows
 from fusionops.cpu.jit import inline, task
 from fusionops.cpu.microkernel import SEGMENT_WORDS
 from fusionops.cpu.prologue import load_tile, merge_rows
-from fusionops.cpu.simd import VECTOR_BYTES, Lanes, clear, elements, vector_loop, word, words
+from fusionops.cpu.simd import VECTOR_BYTES, Lanes, Tail, clear, elements, vector_loop, word, words
 from fusionops.cpu.target import target
 from fusionops.cpu.transpose import stack_words
 
@@ -57,14 +57,14 @@ def add_outer_products(typing, bits, channels, rows, a, a_step, row, row_step, c
 
         ahead, length = b.mul(row_step, word(channels.literal_value)), b.mul(count, size)
 
-        def body(offset: ir.Value, mask: ir.Value | None) -> None:
+        def body(offset: ir.Value, tail: Tail | None) -> None:
             place = b.mul(offset, size)
             # What is read AHEAD vectors later, at the end of these rows the beginning of the next ones.
             later = b.add(place, word(AHEAD * VECTOR_BYTES))
             later = b.select(b.icmp_signed("<", later, length), later, b.add(ahead, b.sub(later, length)))
             for start in starts:
                 lanes.prefetch(lanes.pointer(b.add(start, later)), level=1)
-            vectors = [lanes.load_part(lanes.pointer(b.add(start, place)), mask) for start in starts]
+            vectors = [lanes.load_part(lanes.pointer(b.add(start, place)), tail) for start in starts]
 
             def add(first: ir.Value, together: int) -> None:
                 """To the sums of `together` rows, which do not wait for one another."""

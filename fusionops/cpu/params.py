@@ -57,7 +57,6 @@ READS_SOURCES = 66  # 1: pixels are read where the sources have them
 FILTER_ROW, FILTER_BLOCK, FILTER_GROUP = 67, 68, 69  # elements from one channel, block, group to the next
 COPIES_FILTERS = 70  # 1: filters are copied, those of a task a chunk at a time
 AT_SEGMENTS, AT_PANEL = 71, 72
-IN_PLANES = 55  # 1: the pixels of a channel lie side by side
 
 # Procedures
 LOAD_TILE, FINISH_TILE, SCATTER_TILE = 73, 74, 75

@@ -2,9 +2,9 @@
 
     sums[k, pixels] += w[c,k] · merged[c, pixels]      for one channel after the other
 
-Vectors of filters would be nearly empty. Vectors of pixels are full: the channels of maps in NCHW are such planes, and
-so is a map of one channel in either layout; other pixels are turned into planes in registers. A task owns the pixels of
-an output tile and all filters. The order of a sum is that of `gemm_task`, so the bits are too.
+Vectors of filters would be nearly empty. Vectors of pixels are full where those of a channel lie side by side: in maps
+in NCHW, and in maps of one channel in either layout. A task owns the pixels of an output tile and all filters. The
+order of a sum is that of `gemm_task`, so the bits are too.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from fusionops.cpu.conv import locate_task
 from fusionops.cpu.epilogue import finish_rows
 from fusionops.cpu.jit import inline, spliced, task
 from fusionops.cpu.outer_task import CHANNELS, add_outer_products
-from fusionops.cpu.prologue import load_tile, merge_rows
-from fusionops.cpu.simd import VECTOR_BYTES, clear, doubles, elements, words
-from fusionops.cpu.transpose import stack_words, transpose_block
+from fusionops.cpu.prologue import merge_rows
+from fusionops.cpu.simd import clear, doubles, elements, words
+from fusionops.cpu.transpose import stack_words
 
 MOST_FILTERS = 8
+AT_ONCE = 2 * CHANNELS  # planes that are loaded before they are multiplied
 NEAR_WORDS = MOST_FILTERS * CHANNELS
 
 
@@ -103,28 +104,10 @@ def add_planes(bits, near, source, step, row, row_step, filters, channels, count
         c += together
 
 
-@inline
-def load_turned(bits, params, to, tile, span, n, h, w, count, c, channels):
-    """Channels of merged pixels as planes: turned in registers, from where they are or from a tile that is loaded."""
-    p, item = words(params), bits // 8
-    lanes = VECTOR_BYTES // item
-    s = words(params + 8 * at.SOURCES)
-    source, step = tile, channels
-    if p[at.READS_SOURCES] and p[at.SOURCE_COUNT] == 1:
-        source, step = s[at.S_BASE] + (n * s[at.S_N] + h * s[at.S_H] + w * s[at.S_W] + c) * item, s[at.S_W]
-    else:
-        load_tile(params, tile, count, n, h, 1, w, count, c, channels)
-    for i in range(0, count, lanes):
-        transpose_block(
-            bits, bits, to + i * item, span, source + i * step * item, step, min(lanes, count - i), channels
-        )
-
-
 @functools.cache
 def planes_task(bits: int) -> int:
     """Address of the task, whatever the number of channels and filters."""
     item = bits // 8
-    lanes = VECTOR_BYTES // item
 
     def planes(params, index, slot):
         p = words(params)
@@ -141,33 +124,26 @@ def planes_task(bits: int) -> int:
                     end = min(p[at.C], c0 + p[at.DEPTH])
                     sums = total if c0 == 0 else total + filters * line
                     clear(sums, filters * line)
-                    if not p[at.IN_PLANES]:
-                        for c in range(c0, end, lanes):
-                            channels = min(lanes, end - c)
-                            load_turned(bits, params, loaded, spare, span, n, h, w, count, c, channels)
-                            add_planes(bits, near, loaded, line, p[at.FILTERS] + c * row_step * item, row_step,
+                    for j in range(1 if sums_together else p[at.SOURCE_COUNT]):
+                        s = words(params + 8 * (at.SOURCES + j * at.SOURCE_WORDS))
+                        first = 0 if p[at.IS_ADD] else s[at.S_FIRST]
+                        c, last = max(c0, first), min(end, first + s[at.S_CHANNELS])
+                        is_plain = (s[at.S_W] == 1 and s[at.S_UP_W] == 1 and s[at.S_WEIGHT] == at.WEIGHT_NONE
+                                    and not sums_together)  # fmt: skip
+                        while c < last:
+                            channels, source, step = min(AT_ONCE, last - c), loaded, line
+                            if is_plain:
+                                source = s[at.S_BASE] + (n * s[at.S_N] + h // s[at.S_UP_H] * s[at.S_H] + w) * item
+                                channels, step = last - c, s[at.S_C] * item
+                                source += (c - first) * step
+                            else:
+                                for i in range(channels):
+                                    for term in range(j, p[at.SOURCE_COUNT] if sums_together else j + 1):
+                                        load_channel(bits, params, loaded + i * line, spare, term, n, h, w, count,
+                                                     c - first + i, term > j)  # fmt: skip
+                            add_planes(bits, near, source, step, p[at.FILTERS] + c * row_step * item, row_step,
                                        filters, channels, count, sums, line)  # fmt: skip
-                    else:
-                        for j in range(1 if sums_together else p[at.SOURCE_COUNT]):
-                            s = words(params + 8 * (at.SOURCES + j * at.SOURCE_WORDS))
-                            first = 0 if p[at.IS_ADD] else s[at.S_FIRST]
-                            c, last = max(c0, first), min(end, first + s[at.S_CHANNELS])
-                            is_plain = (s[at.S_W] == 1 and s[at.S_UP_W] == 1 and s[at.S_WEIGHT] == at.WEIGHT_NONE
-                                        and not sums_together)  # fmt: skip
-                            while c < last:
-                                channels, source, step = min(lanes, last - c), loaded, line
-                                if is_plain:
-                                    source = s[at.S_BASE] + (n * s[at.S_N] + h // s[at.S_UP_H] * s[at.S_H] + w) * item
-                                    channels, step = last - c, s[at.S_C] * item
-                                    source += (c - first) * step
-                                else:
-                                    for i in range(channels):
-                                        for term in range(j, p[at.SOURCE_COUNT] if sums_together else j + 1):
-                                            load_channel(bits, params, loaded + i * line, spare, term, n, h, w, count,
-                                                         c - first + i, term > j)  # fmt: skip
-                                add_planes(bits, near, source, step, p[at.FILTERS] + c * row_step * item, row_step,
-                                           filters, channels, count, sums, line)  # fmt: skip
-                                c += channels
+                            c += channels
                     if c0 > 0:
                         merge_rows(bits, bits, bits, bits, total, 0, sums, 0, 1, filters * span,
                                    at.WEIGHT_NONE, 1.0, 0, 1)  # fmt: skip

@@ -17,7 +17,18 @@ from numba.extending import intrinsic
 from fusionops.cpu import params as at
 from fusionops.cpu.formats import Stored, literals, load_element, round_element, store_element
 from fusionops.cpu.jit import inline, spliced, task
-from fusionops.cpu.simd import VECTOR_BYTES, Lanes, call, doubles, elements, prefetch_read, vector_loop, word, words
+from fusionops.cpu.simd import (
+    VECTOR_BYTES,
+    Lanes,
+    Tail,
+    call,
+    doubles,
+    elements,
+    prefetch_read,
+    vector_loop,
+    word,
+    words,
+)
 from fusionops.cpu.transpose import BLOCK_WORDS, stack_words, transpose_block
 
 
@@ -46,14 +57,14 @@ def merge_rows(
             with cgutils.for_range(b, rows) as r:
                 to, source = b.gep(first_to, [b.mul(r.index, to_step)]), b.gep(first_source, [b.mul(r.index, step)])
 
-                def body(offset: ir.Value, mask: ir.Value | None) -> None:
-                    value = there.load(b.gep(source, [offset]), mask)
+                def body(offset: ir.Value, tail: Tail | None) -> None:
+                    value = there.load(b.gep(source, [offset]), tail)
                     if kind != at.WEIGHT_NONE:
-                        each = splat if kind == at.WEIGHT_SCALAR else lanes.load_part(b.gep(weights, [offset]), mask)
+                        each = splat if kind == at.WEIGHT_SCALAR else lanes.load_part(b.gep(weights, [offset]), tail)
                         value = rounded.round(b.fmul(value, each))
                     if resume:
-                        value = rounded.round(b.fadd(here.load(b.gep(to, [offset]), mask), value))
-                    here.store(value, b.gep(to, [offset]), mask)
+                        value = rounded.round(b.fadd(here.load(b.gep(to, [offset]), tail), value))
+                    here.store(value, b.gep(to, [offset]), tail)
 
                 vector_loop(b, lanes, count, body)
 

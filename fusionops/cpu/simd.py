@@ -7,12 +7,15 @@ the same source is legal on every processor.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+from fusionops.cpu.target import target
 
 VECTOR_BYTES = 64
 GAP = -0.0  # stands for a filter that a channel has none of; filters of −0 are packed as 0, which makes the same sums
@@ -21,6 +24,14 @@ I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 
 def word(value: int) -> ir.Constant:
     return ir.Constant(I64, value)
+
+
+@dataclass(frozen=True, slots=True)
+class Tail:
+    """The first lanes of a vector, fewer than all: how many, and True in each of them."""
+
+    count: ir.Value
+    mask: ir.Value
 
 
 class Lanes:
@@ -73,10 +84,10 @@ class Lanes:
         flags = [ir.Constant(I32, int(write)), ir.Constant(I32, locality), ir.Constant(I32, 1)]
         self.b.call(function, [self.b.bitcast(pointer, octet), *flags])
 
-    def tail_mask(self, count: ir.Value) -> ir.Value:
-        """True in the first `count` lanes."""
+    def tail(self, count: ir.Value) -> Tail:
+        """The first `count` lanes."""
         iota = ir.Constant(ir.VectorType(I64, self.count), list(range(self.count)))
-        return self.b.icmp_signed("<", iota, self.splat(count, ir.VectorType(I64, self.count)))
+        return Tail(count, self.b.icmp_signed("<", iota, self.splat(count, ir.VectorType(I64, self.count))))
 
     def masked_load(self, pointer: ir.Value, mask: ir.Value) -> ir.Value:
         kind = ir.FunctionType(self.type, [self.type.as_pointer(), I32, self.mask, self.type])
@@ -90,15 +101,53 @@ class Lanes:
         function = cgutils.get_or_insert_function(self.b.module, kind, f"llvm.masked.store.{self.suffix}.p0")
         self.b.call(function, [value, self._vector_pointer(pointer), ir.Constant(I32, 1), mask])
 
-    def load_part(self, pointer: ir.Value, mask: ir.Value | None) -> ir.Value:
-        """A whole vector, or the lanes of `mask`."""
-        return self.load(pointer) if mask is None else self.masked_load(pointer, mask)
+    def load_part(self, pointer: ir.Value, tail: Tail | None) -> ir.Value:
+        """A whole vector, or its first lanes."""
+        return self.load(pointer) if tail is None else self.masked_load(pointer, tail.mask)
 
-    def store_part(self, value: ir.Value, pointer: ir.Value, mask: ir.Value | None) -> None:
-        if mask is None:
+    def store_part(self, value: ir.Value, pointer: ir.Value, tail: Tail | None) -> None:
+        if tail is None:
             self.store(value, pointer)
+        elif target().vector_bytes == VECTOR_BYTES:
+            self.masked_store(value, pointer, tail.mask)
         else:
-            self.masked_store(value, pointer, mask)
+            self._store_first(value, pointer, tail.count)
+
+    def _store_first(self, value: ir.Value, pointer: ir.Value, count: ir.Value) -> None:
+        """Stores `count` lanes, fewer than all, as runs of powers of two.
+
+        With the masked stores of AVX2 (AMD) a 3×3 convolution of 3 + 3 channels took 1.3 times as long, a 1×1
+        convolution of the sum of three maps of 21 channels 1.6 times. A function of its own, since it is long: inlined,
+        a first call compiled for 2 s longer.
+        """
+        kind = ir.FunctionType(ir.VoidType(), [self.type, self.scalar.as_pointer(), I64])
+        name = f"store_first_{self.suffix}"
+        function = self.b.module.globals.get(name)
+        if function is None:
+            function = ir.Function(self.b.module, kind, name)
+            function.linkage = "internal"
+            function.attributes.add("noinline")
+            self._build_store_first(function)
+        self.b.call(function, [value, pointer, count])
+
+    def _build_store_first(self, function: ir.Function) -> None:
+        b = ir.IRBuilder(function.append_basic_block("entry"))
+        value, pointer, count = function.args
+        rest, place = cgutils.alloca_once_value(b, value), cgutils.alloca_once_value(b, pointer)
+        size = self.count // 2
+        while size:
+            with b.if_then(b.icmp_signed("!=", b.and_(count, word(size)), word(0))):
+                vector, here = b.load(rest), b.load(place)
+                first, others = (
+                    ir.Constant(ir.VectorType(I32, len(lanes)), [i % self.count for i in lanes])
+                    for lanes in (range(size), range(size, size + self.count))
+                )
+                part = b.shuffle_vector(vector, vector, first)
+                b.store(part, b.bitcast(here, part.type.as_pointer())).align = 1
+                b.store(b.shuffle_vector(vector, vector, others), rest)
+                b.store(b.gep(here, [word(size)]), place)
+            size //= 2
+        b.ret_void()
 
     # values
 
@@ -158,14 +207,14 @@ class Lanes:
 
 
 def vector_loop(b: ir.IRBuilder, lanes: Lanes, count: ir.Value, body: Any) -> None:
-    """body(offset, mask) over `count` elements: whole vectors with mask None, then one masked one."""
+    """body(offset, tail) over `count` elements: whole vectors with tail None, then what is left."""
     whole = b.sdiv(count, word(lanes.count))
     with cgutils.for_range(b, whole) as v:
         body(b.mul(v.index, word(lanes.count)), None)
     done = b.mul(whole, word(lanes.count))
     rest = b.sub(count, done)
     with b.if_then(b.icmp_signed(">", rest, word(0))):
-        body(done, lanes.tail_mask(rest))
+        body(done, lanes.tail(rest))
 
 
 def _prefetch_intrinsic(write: bool) -> Any:

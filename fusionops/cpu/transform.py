@@ -21,7 +21,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from fusionops.cpu.formats import literals
-from fusionops.cpu.simd import Lanes, vector_loop, word
+from fusionops.cpu.simd import Lanes, Tail, vector_loop, word
 
 POINTS = 36  # products of a patch and of a filter
 PATCH = 6  # extent of an input patch
@@ -124,19 +124,19 @@ def _transform(
             def place(base: ir.Value, r: int, row: ir.Value, s: int, col: ir.Value, offset: ir.Value) -> ir.Value:
                 return b.gep(base, [b.add(b.add(b.mul(row, word(r)), b.mul(col, word(s))), offset)])
 
-            def value(r: int, s: int, offset: ir.Value, mask: ir.Value | None) -> ir.Value:
+            def value(r: int, s: int, offset: ir.Value, tail: Tail | None) -> ir.Value:
                 where = place(source, r, row, s, col, offset)
                 if always is None or (r < always and s < always):
-                    return lanes.load_part(where, mask)
+                    return lanes.load_part(where, tail)
                 inside = b.and_(b.icmp_signed(">", rows, word(r)), b.icmp_signed(">", cols, word(s)))
-                there = every if mask is None else mask
+                there = every if tail is None else tail.mask
                 return lanes.masked_load(where, b.select(inside, there, ir.Constant(there.type, None)))
 
-            def body(offset: ir.Value, mask: ir.Value | None) -> None:
-                values = [[value(r, s, offset, mask) for s in range(count_read)] for r in range(count_read)]
+            def body(offset: ir.Value, tail: Tail | None) -> None:
+                values = [[value(r, s, offset, tail) for s in range(count_read)] for r in range(count_read)]
                 for i, results in enumerate(_both_axes(lanes, along, values)):
                     for j, result in enumerate(results):
-                        lanes.store_part(result, place(to, i, to_row, j, to_col, offset), mask)
+                        lanes.store_part(result, place(to, i, to_row, j, to_col, offset), tail)
 
             vector_loop(b, lanes, count, body)
             return context.get_dummy_value()

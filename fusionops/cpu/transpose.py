@@ -61,8 +61,8 @@ def transpose_block(typing, bits, stored, to, to_step, source, step, rows, count
             with whole:
                 finish([there.load(place) for place in places])
             with part:
-                mask = lanes.tail_mask(count)
-                finish([there.load(place, mask) for place in places])
+                tail = lanes.tail(count)
+                finish([there.load(place, tail) for place in places])
         return context.get_dummy_value()
 
     return signature, codegen
