@@ -130,7 +130,7 @@ def _task(spec: FusionSpec) -> Task:
         return Task.OUTER
     if (
         not isinstance(spec.contraction, Conv2d)
-        or spec.conv.K > planes_task.MOST_FILTERS
+        or spec.conv.K * FORMATS[spec.dtype].computed_bytes > VECTOR_BYTES
         or spec.conv.groups > 1
         or FORMATS[spec.dtype].is_narrow
     ):
