@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 import fusionops as fo
-from fusionops.cpu import amx, commuted, device, jit, outer_task, stream, threads
+from fusionops.cpu import amx, commuted, device, gemm, jit, outer_task, stream, threads
 from fusionops.cpu.tiling import SCRATCH_LIMIT, plan
+from fusionops.device import AVX2_LAPTOP, AVX512_SERVER, CPU_PROFILES, CpuDevice
 from fusionops.problems import conv
-from fusionops.spec import Merge
+from fusionops.spec import FusionSpec, Merge, SourceSpec
 
 LARGE = 1 << 20  # float32 elements of an output that many tasks store
 
@@ -21,6 +22,25 @@ LARGE = 1 << 20  # float32 elements of an output that many tasks store
 def around(monkeypatch):
     """Outputs of every size are stored around the caches, whatever the host's are."""
     monkeypatch.setattr(stream, "goes_around", lambda spec, device: True)
+
+
+def test_outputs_go_around_the_caches_where_no_near_one_holds_them():
+    def sizes(device: CpuDevice) -> list[int]:
+        """MiB of the sums of two maps that go around."""
+        specs = {n: FusionSpec(Merge.ADD, (SourceSpec((n << 18,), "float32"),) * 2) for n in (3, 4, 5, 6, 64)}
+        return [n for n, spec in specs.items() if stream.goes_around(spec, device)]
+
+    assert sizes(AVX512_SERVER) == [4, 5, 6, 64]  # a cache behind a mesh
+    assert sizes(AVX2_LAPTOP) == [6, 64]  # 16 MiB
+
+
+@pytest.mark.parametrize("taps", [1, 3])
+def test_a_small_map_is_cut_for_four_cores(taps):
+    spec = conv("small", Merge.ADD, (64, 64), 256, taps, taps, H=6, W=6).spec
+    for profile in CPU_PROFILES:
+        tiling = (gemm.plan if taps == 1 else plan)(spec, profile)
+        assert -(-tiling.blocks // tiling.task_blocks) >= 4
+    assert plan(conv("one", Merge.ADD, (64,), 1, H=6, W=6).spec, AVX2_LAPTOP).task_blocks == 1
 
 
 @pytest.mark.usefixtures("around")

@@ -22,6 +22,7 @@ from numba.extending import intrinsic
 
 from fusionops.cpu.formats import literals
 from fusionops.cpu.simd import Lanes, Tail, vector_loop, word
+from fusionops.cpu.target import target
 
 POINTS = 36  # products of a patch and of a filter
 PATCH = 6  # extent of an input patch
@@ -117,7 +118,8 @@ def _transform(
 
         def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Any:
             to, to_row, to_col, source, row, col, rows, cols, count = args[2:]
-            lanes = Lanes(b, bits.literal_value)
+            # On AVX2 patches of two registers a value took 1.01 to 1.06 times as long in eight convolutions.
+            lanes = Lanes(b, bits.literal_value, target().vector_bytes)
             to, source = lanes.pointer(to), lanes.pointer(source)
             every = ir.Constant(lanes.mask, [1] * lanes.count)
 
