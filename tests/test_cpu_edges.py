@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 import fusionops as fo
+from fusionops import dispatch, perform
+from fusionops.address import address
 from fusionops.cpu import amx, commuted, device, gemm, jit, outer_task, stream, threads
 from fusionops.cpu.tiling import SCRATCH_LIMIT, plan
 from fusionops.device import AVX2_LAPTOP, AVX512_SERVER, CPU_PROFILES, CpuDevice
@@ -22,6 +24,10 @@ LARGE = 1 << 20  # float32 elements of an output that many tasks store
 def around(monkeypatch):
     """Outputs of every size are stored around the caches, whatever the host's are."""
     monkeypatch.setattr(stream, "goes_around", lambda spec, device: True)
+    monkeypatch.setattr(perform, "_REPEATED", {})
+    dispatch.choose.cache_clear()  # what is remembered is planned for the host
+    yield
+    dispatch.choose.cache_clear()
 
 
 def test_outputs_go_around_the_caches_where_no_near_one_holds_them():
@@ -41,6 +47,14 @@ def test_a_small_map_is_cut_for_four_cores(taps):
         tiling = (gemm.plan if taps == 1 else plan)(spec, profile)
         assert -(-tiling.blocks // tiling.task_blocks) >= 4
     assert plan(conv("one", Merge.ADD, (64,), 1, H=6, W=6).spec, AVX2_LAPTOP).task_blocks == 1
+
+
+def test_depth_does_not_depend_on_the_batch():
+    """Here the scratch memory of a task decides it, and a larger batch leaves each task more filters."""
+    for profile in CPU_PROFILES:
+        specs = (conv("far", Merge.ADD, (16,), 512, 2, 2, N=N, H=246, W=266, padding=((0, 0), (0, 0)),
+                      dilation=(245, 265)).spec for N in (1, 2, 4))  # fmt: skip
+        assert len({plan(spec, profile).depth for spec in specs}) == 1
 
 
 @pytest.mark.usefixtures("around")
@@ -93,6 +107,22 @@ def test_add_into_an_unaligned_output_around_the_caches(offset):
     np.testing.assert_array_equal(out, x + x)
     assert not memory[:offset].any()
     assert not memory[offset + x.nbytes :].any()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+@pytest.mark.usefixtures("around")
+def test_add_around_the_caches_wherever_the_output_begins(dtype):
+    """Also within a line: a vector of a narrow dtype is half of one."""
+    x = np.arange(1, 203).astype(dtype)
+    for start in range(64, 128, x.itemsize):
+        for count in (1, 7, 16, 31, 33, len(x)):
+            memory = np.zeros(2048, np.uint8)
+            memory = memory[-address(memory) % 64 :]
+            out = memory[start : start + count * x.itemsize].view(dtype)
+            fo.add([x[:count], x[:count]], out=out)
+            np.testing.assert_array_equal(out, x[:count] + x[:count])
+            assert not memory[:start].any()
+            assert not memory[start + out.nbytes :].any()
 
 
 def test_a_field_of_a_record_as_output():

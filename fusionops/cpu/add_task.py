@@ -15,7 +15,7 @@ from fusionops.cpu.epilogue import finish_rows
 from fusionops.cpu.formats import Stored, literals, store_rows
 from fusionops.cpu.jit import inline, task
 from fusionops.cpu.prologue import merge_rows
-from fusionops.cpu.simd import I64, VECTOR_BYTES, Lanes, Tail, doubles, elements, word, words
+from fusionops.cpu.simd import I64, Lanes, Tail, doubles, elements, word, words
 from fusionops.cpu.transpose import stack_words
 
 # Words of an add: these, the extents, then for each operand (output first) base, weight kind, weight, steps, factors.
@@ -78,7 +78,8 @@ def add_run(typing, bits, stored, to, table, sources, count, nontemporal):
         goes_around = b.and_(b.icmp_signed("!=", nontemporal, word(0)), b.icmp_signed("==", off, word(0)))
         with b.if_else(goes_around) as (around, through):
             with around:  # stores around the caches need whole, aligned vectors: a masked one goes first
-                ahead = b.sdiv(b.and_(b.neg(address), word(VECTOR_BYTES - 1)), word(there.item_bytes))
+                stored_bytes = lanes.count * there.item_bytes  # of a vector: half as many where elements are narrow
+                ahead = b.sdiv(b.and_(b.neg(address), word(stored_bytes - 1)), word(there.item_bytes))
                 head = b.select(b.icmp_signed("<", ahead, count), ahead, count)
                 masked(word(0), head)
                 end = body(head, there.stream)

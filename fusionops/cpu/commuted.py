@@ -134,10 +134,12 @@ def run(spec: FusionSpec, config: CommutedConfig, operands: Operands, out: np.nd
         for images in _bands(spec.N, config.images):
             for rows in _bands(spec.H, config.rows):
                 low, high = _specs(spec, images[1] - images[0], rows[1] - rows[0])
-                shape = (low.N, low.P, low.Q, spec.conv.K)  # channels last in either layout, as the epilogue likes them
-                product = memory[: low.N * low.P * low.Q * spec.conv.K].reshape(shape)
-                if spec.layout is Layout.NCHW:
-                    product = product.transpose(0, 3, 1, 2)
+                product = memory[: math.prod(low.out_shape)]
+                if config.fine.task is gemm.Task.PLANES:
+                    product = product.reshape(low.out_shape)
+                else:  # channels last in either layout, as the epilogue likes them
+                    product = product.reshape(low.N, low.P, low.Q, spec.conv.K)
+                    product = product if spec.layout is Layout.NHWC else product.transpose(0, 3, 1, 2)
                 sources = tuple(
                     band(array, images, rows, source.upsample[0])
                     for array, source in zip(operands.sources, spec.sources, strict=True)

@@ -16,6 +16,7 @@ from fusionops.cpu.formats import FORMATS
 from fusionops.cpu.microkernel import SEGMENT_WORDS
 from fusionops.cpu.simd import VECTOR_BYTES
 from fusionops.cpu.tiling import (
+    ENOUGH_TASKS,
     ENOUGH_TILES,
     SCRATCH_LIMIT,
     SMALLEST_TILE_PIXELS,
@@ -42,9 +43,10 @@ PANEL_BYTES = 64 * 1024
 COPY_TILES = 3
 # Rows of filters longer than this bring those of a block to a few sets of the L1 cache.
 LONG_ROW_BYTES = 512
-# Filters of a block then: 8 KiB of a row, if there are so many and their sums stay in L1. Memory delivers long runs
+# Filters of a block for few pixels, in vectors: as many as let the sums stay in L1. Memory delivers long runs of a row
 # faster: 2 KiB 1.1 to 1.4 times as fast as 1, 8 KiB 1.0 to 1.5 times as fast as 2 (one pixel, 512 to 2048 channels).
-OUTER_VECTORS = 128
+# Three widths and no more: filters are kept packed for each.
+OUTER_VECTORS = (128, 32, 16)
 OUTER_BYTES = 32 * 1024
 EVEN_BLOCKS = 4  # more blocks than this come in multiples of it, so that threads get equally many
 # Pixels of a task for few filters, and bytes of their sums that are kept in L1 at a time.
@@ -125,7 +127,7 @@ class GemmTiling(Tiling):
 
 
 def _task(spec: FusionSpec) -> Task:
-    """The task for a contraction: of the merged map and the filters alone."""
+    """The task for a contraction."""
     if spec.N * spec.P * spec.Q <= outer_task.MOST_PIXELS:
         return Task.OUTER
     if (
@@ -139,7 +141,7 @@ def _task(spec: FusionSpec) -> Task:
 
 
 def _is_in_planes(spec: FusionSpec) -> bool:
-    """Whether the pixels of a channel lie side by side in all sources."""
+    """Whether the pixels of a channel lie side by side in all sources, as far as their layout tells."""
     return spec.layout is Layout.NCHW or all(source.shape[spec.channel_axis] == 1 for source in spec.sources)
 
 
@@ -155,8 +157,9 @@ def plan(spec: FusionSpec, device: CpuDevice) -> GemmTiling:
         mr = 1
     if task is Task.OUTER:
         vectors = -(-filters * item // VECTOR_BYTES)
-        most = min(OUTER_VECTORS, OUTER_BYTES // (pixels * VECTOR_BYTES), -(-vectors // 2))
-        count = -(-vectors // max(1, most))
+        fitting = (width for width in OUTER_VECTORS if pixels * width * VECTOR_BYTES <= OUTER_BYTES)
+        most = min(next(fitting, OUTER_VECTORS[-1]), max(OUTER_VECTORS[1], -(-vectors // ENOUGH_TASKS)))
+        count = -(-vectors // min(most, max(1, -(-vectors // 2))))
         count = -(-count // EVEN_BLOCKS) * EVEN_BLOCKS if count > EVEN_BLOCKS else count
         mr, nv = 1, -(-vectors // count)
     width = nv * VECTOR_BYTES // item
@@ -192,7 +195,9 @@ def cut(spec: FusionSpec, tiling: GemmTiling, words: Words, filters: Strides | N
     tiles_p, tiles_q = -(-P // tile_p), -(-Q // tile_q)
     words[at.TILE_P : at.TILES_Q + 1] = tile_p, tile_q, tiles_p, tiles_q
     words[list(AREAS)] = np.cumsum(tiling.areas)[:-1]
-    words[at.PITCH] = tiling.span
+    if tiling.task is Task.PLANES:
+        lanes = VECTOR_BYTES // tiling.item_bytes
+        words[at.PITCH] = min(tiling.span, -(-tile_q // lanes) * lanes)
     words[at.READS_SOURCES] = (
         not is_narrow and _has_one_source_a_channel(spec, words) and (tile_p == 1 or _rows_follow(words, tile_q))
     )

@@ -22,6 +22,7 @@ from fusionops.cpu import (
     grouped,
     jit,
     outer_task,
+    planes_task,
     prologue,
     threads,
     winograd_task,
@@ -121,6 +122,7 @@ def warmup(progress: Callable[[int, int, str], None] | None = None) -> None:
         pixels = min(grouped.MOST_PIXELS, next(mr for mr, nv in register_tiles(device()) if nv == 1))
         steps.append((f"groups {name} {pixels}x1", functools.partial(conv.conv_task, bits, pixels, 1, gaps=1)))
         steps.append((f"product {name} few pixels", functools.partial(outer_task.outer_task, bits)))
+        steps.append((f"product {name} few filters", functools.partial(planes_task.planes_task, bits)))
         tiles = {depthwise.register_tile(size, device()) for size in (1, 1 << 20)}
         steps += [
             (f"depthwise {name} {mr}x{nv}", functools.partial(depthwise.depthwise_task, bits, mr, nv))

@@ -25,9 +25,10 @@ from fusionops.cpu.memory import WORKSPACE, Area, allocate
 from fusionops.cpu.prologue import tile_loader
 from fusionops.cpu.tiling import Tiling
 from fusionops.kernel import Filters, Operands
-from fusionops.spec import FusionSpec
+from fusionops.spec import ITEM_BYTES, FusionSpec
 
 PACKING_FLOPS = 32.0  # what computes as long as one element is packed: 4 bytes at 16 GB/s against 120 GFLOP/s
+MOVING_FLOPS = 4.0  # what computes as long as a byte of a map is moved: few filters leave little else to do
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,9 +122,16 @@ def prepare(
         places=(*places, at.OUT),
         task=algorithm.task(tiling),
         tasks=tasks,
-        flops_per_task=2.0 * math.prod(spec.gemm) * spec.conv.groups / max(1, tasks),
+        flops_per_task=_flops(spec) / max(1, tasks),
         slot_bytes=int(words[at.SCRATCH_BYTES]),
     )
+
+
+def _flops(spec: FusionSpec) -> float:
+    """What computes as long as the contraction: its products, or moving its maps if that takes longer."""
+    shapes = (*(source.shape for source in spec.sources), spec.out_shape)
+    moved = sum(map(math.prod, shapes)) * ITEM_BYTES[spec.dtype]
+    return max(2.0 * math.prod(spec.gemm) * spec.conv.groups, MOVING_FLOPS * moved)
 
 
 @functools.lru_cache(maxsize=512)

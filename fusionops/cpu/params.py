@@ -43,7 +43,7 @@ RESIDUAL_FACTOR = 50  # float64 bits of a scalar, or the address of a vector
 ACTIVATION = 51
 SLOPE = 52  # float64 bits
 WIDTH = 53  # elements of a row of sums; a word, so that the epilogue is compiled once for all register tiles
-PITCH = 54  # columns of a loaded tile
+PITCH = 54  # columns of a loaded tile, or pixels of planes at a time
 
 # Winograd, beside TILES_P and TILES_Q
 TILES, TASK_TILES, ROW_TILES = 57, 58, 59  # of all images; of a task; loaded at a time

@@ -1,7 +1,8 @@
 """Vector IR: what a kernel can say about 64-byte vectors, and pointers for Numba code. No loops over tensors.
 
-Everything is generic LLVM IR on <16 x float> or <8 x double>; LLVM splits it into the registers that the host has, so
-the same source is legal on every processor.
+Everything is generic LLVM IR, on <16 x float> or <8 x double> where nothing else is asked for; LLVM splits it into the
+registers that the host has, so the same source is legal on every processor. Only the store of a part of a vector asks
+what the processor is fast at.
 """
 
 from __future__ import annotations

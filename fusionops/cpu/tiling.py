@@ -7,7 +7,7 @@ image and its filters alone: C and the taps fix the chunks, whatever the batch, 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
 from fusionops.cpu.formats import FORMATS
@@ -205,8 +205,6 @@ def plan(spec: FusionSpec, device: CpuDevice, *, most_pixels: int | None = None)
     tile_q = balanced(spec.Q, min(WIDEST_TILE, max(spec.Q // 8, 16)))
     tile_p = balanced(spec.P, max(1, wanted // tile_q))
 
-    task_blocks = enough_parts(blocks, task_blocks, spec.N * conv.groups * -(-spec.P // tile_p) * -(-spec.Q // tile_q))
-
     depth = balanced(group_channels, max(16, device.l2_bytes // FILTER_SHARE // (conv.R * conv.S * width * item)))
     while True:
         tiling = _with_tile(spec, mr, nv, tile_p, tile_q, depth, blocks, task_blocks)
@@ -217,7 +215,9 @@ def plan(spec: FusionSpec, device: CpuDevice, *, most_pixels: int | None = None)
     while tiling.scratch_bytes > SCRATCH_LIMIT and depth > 1:
         depth = -(-depth // 2)
         tiling = _with_tile(spec, mr, nv, tile_p, tile_q, depth, blocks, task_blocks)
-    return tiling
+    # Last, since it depends on the batch, and the depth must not; fewer blocks take less scratch memory.
+    tiles = spec.N * conv.groups * -(-spec.P // tile_p) * -(-spec.Q // tile_q)
+    return replace(tiling, task_blocks=enough_parts(blocks, task_blocks, tiles))
 
 
 def _with_tile(

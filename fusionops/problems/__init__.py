@@ -176,7 +176,7 @@ CONVS = (
     conv("leaky_relu", CONCAT, (6, 6), 21, activation=QUARTER_LEAKY),
     conv("pointwise_silu", CONCAT, (6, 6), 21, 1, 1, activation=Activation("silu"), algorithms=GEMM),
     *conv_both("few_filters", 9, 3, 1, 1, N=2, H=5, W=43, residual=Part(3), activation=RELU, algorithms=GEMM),
-    conv("few_filters_long", CONCAT, (600, 500), 2, 1, 1, H=4, W=9, algorithms=GEMM),
+    conv("few_filters_long", CONCAT, (600, 500), 2, 1, 1, N=3, H=4, W=5, algorithms=GEMM),
     conv("planes", CONCAT, (1,) * 5, 1, 1, 1, H=9, W=40, source="HED, sides fused", algorithms=GEMM),
     conv("planes", ADD, (1, Part(1, (2, 2), "vector")), 1, 1, 1, H=8, W=40, residual=Part(1), algorithms=GEMM),
     conv(
