@@ -123,7 +123,7 @@ class GemmTiling(Tiling):
         """Of a plane with its pixels in place, merged planes, sums, a residual."""
         line = self.span * self.item_bytes
         sums = self.filters * line * (2 if self.chunks > 1 else 1)
-        return whole_lines((line, planes_task.AT_ONCE * line, sums, 0, 0, line, 0))
+        return whole_lines((line, outer_task.CHANNELS * line, sums, 0, 0, line, 0))
 
 
 def _task(spec: FusionSpec) -> Task:

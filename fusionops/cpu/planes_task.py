@@ -24,7 +24,6 @@ from fusionops.cpu.transpose import stack_words
 # Of float32; all lie in one block, whose width is a vector. In NCHW 12 and 16 filters took 0.35 to 0.8 of the time of
 # register tiles, one to 8 0.08 to 0.5 (16 to 256 channels, 56×56 to 256×256 pixels, AVX2).
 MOST_FILTERS = VECTOR_BYTES // 4
-AT_ONCE = 2 * CHANNELS  # planes that are loaded before they are multiplied
 NEAR_WORDS = MOST_FILTERS * CHANNELS
 
 
@@ -133,7 +132,7 @@ def planes_task(bits: int) -> int:
                         is_plain = (s[at.S_W] == 1 and s[at.S_UP_W] == 1 and s[at.S_WEIGHT] == at.WEIGHT_NONE
                                     and not sums_together)  # fmt: skip
                         while c < last:
-                            channels, source, step = min(AT_ONCE, last - c), loaded, line
+                            channels, source, step = min(CHANNELS, last - c), loaded, line
                             if is_plain:
                                 source = s[at.S_BASE] + (n * s[at.S_N] + h // s[at.S_UP_H] * s[at.S_H] + w) * item
                                 channels, step = last - c, s[at.S_C] * item

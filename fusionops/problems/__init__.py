@@ -178,11 +178,11 @@ CONVS = (
     *conv_both("few_filters", 9, 3, 1, 1, N=2, H=5, W=43, residual=Part(3), activation=RELU, algorithms=GEMM),
     conv("few_filters_long", CONCAT, (600, 500), 2, 1, 1, N=3, H=4, W=5, algorithms=GEMM),
     conv("planes", CONCAT, (1,) * 5, 1, 1, 1, H=9, W=40, source="HED, sides fused", algorithms=GEMM),
-    conv("planes", ADD, (1, Part(1, (2, 2), "vector")), 1, 1, 1, H=8, W=40, residual=Part(1), algorithms=GEMM),
+    conv("planes", ADD, (1, Part(1, (2, 2), "scalar")), 1, 1, 1, H=8, W=40, residual=Part(1), algorithms=GEMM),
     conv(
         "planes_upsampled",
         CONCAT,
-        (1, Part(1, (2, 2)), Part(1, (4, 5), "scalar"), Part(1, weight="vector")),
+        (1, Part(1, (2, 2)), Part(1, (4, 5), "scalar"), Part(1, weight="scalar")),
         1,
         1,
         1,
