@@ -28,8 +28,8 @@ from fusionops.kernel import Filters, Operands
 from fusionops.spec import ITEM_BYTES, FusionSpec
 
 PACKING_FLOPS = 32.0  # what computes as long as one element is packed: 4 bytes at 16 GB/s against 120 GFLOP/s
-# What computes as long as a byte of a map is moved, as for an add. Few filters leave little else to do: without it 256×256
-# pixels of five sources and one filter ran on one thread and took 1.5 times as long.
+# What computes as long as a byte of a map is moved, as for an add. Few filters leave little else to do: without it five
+# sources of 256×256 pixels and one filter ran on one thread and took 1.5 times as long.
 MOVING_FLOPS = 4.0
 
 
