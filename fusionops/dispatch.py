@@ -31,7 +31,7 @@ NEAREST = 5  # other kernels that a report names: those that would need the leas
 class Backend:
     """A table of kernels, fastest first, and the device their plans are made for.
 
-    unusable   every reason why the machine cannot run them; empty means it can
+    unusable   every reason why the device cannot run them; empty means it can
     threads    how many work on a call, each with scratch memory of its own
     empty      makes an array of a shape and dtype, for a result
     on_device_of   the context of an array, in which results are made and kernels run where it is
@@ -57,21 +57,21 @@ class ReferenceConfig:
         return ()
 
 
-def _cpu() -> Backend:
+def _cpu(number: int) -> Backend:
     from fusionops import cpu
 
     return Backend("cpu", cpu.KERNELS, cpu.device(), cpu.reasons_unusable(), cpu.get_num_threads)
 
 
-def _gpu() -> Backend:
+def _gpu(number: int) -> Backend:
     from fusionops import gpu
 
-    unusable = gpu.reasons_unusable()
-    device = None if unusable else gpu.device()
+    unusable = gpu.reasons_unusable(number)
+    device = None if unusable else gpu.device(number)
     return Backend("gpu", gpu.KERNELS, device, unusable, lambda: 1, gpu.empty, gpu.on_device_of)
 
 
-def _reference() -> Backend:
+def _reference(number: int) -> Backend:
     from fusionops import reference
 
     def run(spec: FusionSpec, config: ReferenceConfig, operands: Operands, out: Array) -> None:
@@ -86,40 +86,54 @@ BACKENDS = tuple(_LOADERS)
 
 
 @cache
-def backend(name: str) -> Backend:
-    """The backend of that name, imported when it is first asked for."""
-    return _LOADERS[name]()
+def backend(name: str, number: int = 0) -> Backend:
+    """The backend of that name on its device of that number, imported when it is first asked for."""
+    return _LOADERS[name](number)
 
 
-def _usable(name: str) -> Backend:
-    """The backend of that name, or a BackendError with every reason why the machine cannot run it."""
-    chosen = backend(name)
-    if chosen.unusable:
-        reasons = "\n".join(f"  {name}: {reason}" for reason in chosen.unusable)
-        raise BackendError(f"the {name} backend cannot be used\n{reasons}\n{_last_resort(name)}")
+def _usable(name: str, number: int) -> Backend:
+    """The backend on a device, or a BackendError with every reason why that cannot run it."""
+    chosen = backend(name, number)
+    _refuse_if(name, chosen.unusable)
     return chosen
+
+
+def _refuse_if(name: str, unusable: tuple[str, ...]) -> None:
+    if unusable:
+        reasons = "\n".join(f"  {name}: {reason}" for reason in unusable)
+        raise BackendError(f"the {name} backend cannot be used\n{reasons}\n{_last_resort(name)}")
 
 
 def _borrow(array: Any) -> Array:
     """Another library's array on a GPU as a CuPy array on the same memory."""
-    _usable("gpu")
     from fusionops import gpu
 
+    _refuse_if("gpu", gpu.machine_reasons())
     return gpu.borrow(array)
+
+
+def _number(call: Call) -> int:
+    """Of the device that a call's arrays lie on: of several GPUs each has plans of its own."""
+    return int(call.operands.sources[0].device.id) if call.home == "gpu" else 0
 
 
 borrow_with(_borrow)
 
 
-def select(spec: FusionSpec, name: str) -> Kernel:
+def _refusals(kernel: Kernel, spec: FusionSpec, device: Any) -> tuple[str, ...]:
+    """Every reason why a kernel cannot run `spec` on a device."""
+    return (*kernel.unsupported(spec), *kernel.lacking(device))
+
+
+def select(spec: FusionSpec, name: str, number: int = 0) -> Kernel:
     """The kernel of backend `name` that runs `spec`: the first in its table that can and is not slow at it.
 
     Where all that can are slow, the first of them.
 
-    Raises BackendError if the machine cannot run the backend, UnsupportedError with every reason if no kernel can.
+    Raises BackendError if the device cannot run the backend, UnsupportedError with every reason if no kernel can.
     """
-    chosen = _usable(name)
-    able = [kernel for kernel in chosen.kernels if not kernel.unsupported(spec)]
+    chosen = _usable(name, number)
+    able = [kernel for kernel in chosen.kernels if not _refusals(kernel, spec, chosen.device)]
     for kernel in able:
         if not kernel.slow(spec, chosen.device):
             return kernel
@@ -129,19 +143,20 @@ def select(spec: FusionSpec, name: str) -> Kernel:
 
 
 @lru_cache(maxsize=CACHED_CHOICES)
-def choose(spec: FusionSpec, name: str) -> tuple[Kernel, Config]:
-    """The kernel that runs `spec` on backend `name`, and how; remembered, since it depends on nothing else."""
-    kernel = select(spec, name)
-    return kernel, kernel.plan(spec, backend(name).device)
+def choose(spec: FusionSpec, name: str, number: int = 0) -> tuple[Kernel, Config]:
+    """The kernel that runs `spec` on a device of backend `name`, and how; remembered, as nothing else decides it."""
+    kernel = select(spec, name, number)
+    return kernel, kernel.plan(spec, backend(name, number).device)
 
 
 def run(call: Call, requested: str | None) -> Any:
     """The result of a bound call: in `out` where there is one, else in a new array; with return_sum the sum too."""
     name = call.home if requested is None else _named(call, requested)
-    kernel, config = planned(call.judgement, name)
+    number = _number(call)
+    kernel, config = planned(call.judgement, name, number)
     if call.home == "cpu":
         return _run(call, kernel, config)
-    chosen = backend(name)
+    chosen = backend(name, number)
     try:
         with chosen.on_device_of(call.operands.sources[0]):
             return _run(call, kernel, config, chosen.empty)
@@ -233,26 +248,24 @@ class Explanation:
 def explain(call: Call, requested: str | None) -> Explanation:
     """What `run` would do with a bound call. Runs nothing; raises what `run` would raise."""
     spec = call.judgement.spec
-    name = _named(call, requested)
-    kernel, config = planned(call.judgement, name)
+    name, number = _named(call, requested), _number(call)
+    kernel, config = planned(call.judgement, name, number)
     counted = cost(call, requested)
     formed = counted.contraction_flops if config is None or kernel.products is None else 2 * kernel.products(spec)
-    chosen, last = backend(name), ("could run it, but stands later in the table",)
-    others = tuple(
-        (other.name, other.unsupported(spec) or other.slow(spec, chosen.device) or last)
-        for other in sorted(chosen.kernels, key=lambda other: len(other.unsupported(spec)))
-        if other is not kernel
-    )
+    chosen, last = backend(name, number), ("could run it, but stands later in the table",)
+    refusals = [(other, _refusals(other, spec, chosen.device)) for other in chosen.kernels if other is not kernel]
+    refusals.sort(key=lambda refusal: len(refusal[1]))
+    others = tuple((other.name, reasons or other.slow(spec, chosen.device) or last) for other, reasons in refusals)
     return Explanation(spec, name, kernel.name, config, formed, others, call.copies, counted)
 
 
 def cost(call: Call, requested: str | None) -> FusedCost:
     """What a bound call costs, with the scratch memory of the kernel that would run it. Runs nothing."""
-    name = _named(call, requested)
-    _, config = planned(call.judgement, name)
+    name, number = _named(call, requested), _number(call)
+    _, config = planned(call.judgement, name, number)
     if config is None:
         return analyse(call.judgement.spec)
-    scratch_bytes = config.scratch_bytes * backend(name).threads() + config.shared_bytes
+    scratch_bytes = config.scratch_bytes * backend(name, number).threads() + config.shared_bytes
     return analyse(call.judgement.spec, scratch_bytes=scratch_bytes)
 
 
@@ -283,7 +296,8 @@ def info(version: str) -> Info:
 
     libraries = {"python": sys.version.split()[0], "numpy": np.__version__}
     facts = libraries | cpu.facts() | gpu.facts()
-    return Info(version, tuple((name, backend(name).unusable) for name in BACKENDS), facts)
+    unusable = {name: gpu.reasons_unusable() if name == "gpu" else backend(name).unusable for name in BACKENDS}
+    return Info(version, tuple(unusable.items()), facts)
 
 
 def set_num_threads(count: int) -> None:
@@ -301,20 +315,20 @@ def warmup(progress: Callable[[int, int, str], None] | None) -> None:
 def _named(call: Call, requested: Any) -> str:
     """The backend that is asked for, which must be usable, and at home where the arrays are."""
     name = bind_backend(call.op, requested, BACKENDS) or call.home
-    judge_backend(call, _usable(name).name)
+    judge_backend(call, _usable(name, _number(call)).name)
     return name
 
 
-def planned(judgement: Judgement, name: str) -> tuple[Kernel, Config | None]:
+def planned(judgement: Judgement, name: str, number: int = 0) -> tuple[Kernel, Config | None]:
     """As `choose`, but an empty result is not planned: a plan may take for granted that there is something to run."""
     if 0 in judgement.shape:
-        return select(judgement.spec, name), None
-    return choose(judgement.spec, name)
+        return select(judgement.spec, name, number), None
+    return choose(judgement.spec, name, number)
 
 
 def _refusal(spec: FusionSpec, refusing: Backend) -> str:
     lines = [f"no {refusing.name} kernel can run {spec}"]
-    refusals = [(kernel.name, kernel.unsupported(spec)) for kernel in refusing.kernels]
+    refusals = [(kernel.name, _refusals(kernel, spec, refusing.device)) for kernel in refusing.kernels]
     refusals.sort(key=lambda refusal: len(refusal[1]))  # those that are nearest to running it come first
     lines += [f"  {name}: {'; '.join(reasons)}" for name, reasons in refusals]
     return "\n".join([*lines, _last_resort(refusing.name)])

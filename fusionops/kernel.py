@@ -117,6 +117,7 @@ class Kernel:
     plan(spec, device)  how it would run; pure
     run(spec, config, operands, out)   writes out; validates nothing, decides nothing
     replay(spec, config, strides)   a shorter way to run it again without weights, to the same bits; None: there is none
+    lacking(device)     every reason why a device cannot run it, whatever the spec
     """
 
     name: str
@@ -126,3 +127,4 @@ class Kernel:
     slow: Callable[[FusionSpec, Any], tuple[str, ...]] = lambda spec, device: ()
     products: Callable[[FusionSpec], int] | None = None
     replay: Callable[[FusionSpec, Any, Strides], Replay | None] = lambda spec, config, strides: None
+    lacking: Callable[[Any], tuple[str, ...]] = lambda device: ()

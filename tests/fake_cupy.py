@@ -18,10 +18,11 @@ from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
-from fusionops.device import H200
+from fusionops.device import H200, GpuDevice
 
 __version__ = "14.2.0"
 
+PROFILES: dict[int, GpuDevice] = {}  # of GPUs that are no H200
 _devices = [0]  # the stack of current ones
 
 FILL_NS, COPY_NS = 2_000_000, 1_000_000
@@ -99,16 +100,20 @@ class Device:
         self.id = _devices[-1] if device is None else device
 
     @property
+    def compute_capability(self) -> str:
+        major, minor = PROFILES.get(self.id, H200).capability
+        return f"{major}{minor}"
+
+    @property
     def attributes(self) -> dict[str, int]:
+        here = PROFILES.get(self.id, H200)
         return {
-            "ComputeCapabilityMajor": H200.capability[0],
-            "ComputeCapabilityMinor": H200.capability[1],
-            "MultiProcessorCount": H200.multiprocessors,
-            "MaxRegistersPerMultiprocessor": H200.registers,
-            "MaxSharedMemoryPerMultiprocessor": H200.shared_bytes,
-            "MaxSharedMemoryPerBlockOptin": H200.block_shared_bytes,
-            "MaxThreadsPerMultiProcessor": H200.threads,
-            "L2CacheSize": H200.l2_bytes,
+            "MultiProcessorCount": here.multiprocessors,
+            "MaxRegistersPerMultiprocessor": here.registers,
+            "MaxSharedMemoryPerMultiprocessor": here.shared_bytes,
+            "MaxSharedMemoryPerBlockOptin": here.block_shared_bytes,
+            "MaxThreadsPerMultiProcessor": here.threads,
+            "L2CacheSize": here.l2_bytes,
         }
 
     def __enter__(self) -> Device:

@@ -14,7 +14,7 @@ import pytest
 from gpu_on_host import HostRuntime
 
 from fusionops import dispatch
-from fusionops.gpu import host, module, probe, sm90
+from fusionops.gpu import host, module, probe
 
 LAUNCH_NS = 5_000_000  # of the device for each kernel: more than the host needs for the small ones of tests
 ARRAY_BYTES = 1 << 16  # in place of those that pass every cache
@@ -38,7 +38,7 @@ class FakeCupyRuntime(HostRuntime):
 
 
 def forget() -> None:
-    of_the_machine = host.reasons_unusable, host.device, host.compiler, sm90.without_products
+    of_the_machine = host.machine_reasons, host._device, host.compiler
     for cached in (*of_the_machine, dispatch.backend, dispatch.choose):
         cached.cache_clear()
 

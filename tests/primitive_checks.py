@@ -73,14 +73,20 @@ def check_rounded_arithmetic(launch: Launch) -> None:
     a, b = ((rng.standard_normal(size) * 2.0 ** rng.integers(-149, 60, size)).astype(np.float32) for _ in range(2))
     a[:THREADS] = rng.integers(0, 1 << 12, THREADS).astype(np.uint32).view(np.float32)  # subnormal
     b[: THREADS // 2] = rng.integers(0, 1 << 12, THREADS // 2).astype(np.uint32).view(np.float32)
+    a[-THREADS:-1], b[-THREADS:] = -a[: THREADS - 1], 0.0
+    a[-1] = np.nan
     sums, products, both = (np.full(size, np.nan, np.float32) for _ in range(3))
-    launch("rounded_arithmetic", size // THREADS, THREADS, (a, b, sums, products, both), 0)
+    less = np.zeros(size, np.uint8)
+    launch("rounded_arithmetic", size // THREADS, THREADS, (a, b, sums, products, both, less), 0)
+    np.testing.assert_array_equal(less, a < b)
     with np.errstate(all="ignore"):
         _same(sums, a + b)
         _same(products, a * b)
     # The product of two float32 is exact in float64, so the sum there rounds once, and again to float32: within one
     # unit, and never further than that.
     exact = a.astype(np.float64) * b + a
+    is_number = ~np.isnan(a)
+    both, exact = both[is_number], exact[is_number]
     assert (np.abs(both - exact) <= np.maximum(np.spacing(np.abs(exact.astype(np.float32))), 2.0**-149)).all()
 
 

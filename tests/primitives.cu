@@ -1,11 +1,13 @@
 // Each primitive of the backend in a kernel of its own, for `primitive_checks` to compare with NumPy.
 #include "common.cuh"
 
-__global__ void rounded_arithmetic(const float* a, const float* b, float* sums, float* products, float* both) {
+__global__ void rounded_arithmetic(const float* a, const float* b, float* sums, float* products, float* both,
+                                   unsigned char* less) {
     const int i = blockIdx.x * blockDim.x + threadIdx.x;
     sums[i] = add_rn(a[i], b[i]);
     products[i] = mul_rn(a[i], b[i]);
     both[i] = fma_rn(a[i], b[i], a[i]);
+    less[i] = is_less(a[i], b[i]);
 }
 
 template <class T> __global__ void widened(const T* x, float* y) {

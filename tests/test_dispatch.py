@@ -63,7 +63,7 @@ def pretend(monkeypatch):
 
     def install(*fakes, unusable=()):
         table = Backend("cpu", tuple(fake.kernel for fake in fakes), None, unusable, lambda: 3)
-        monkeypatch.setattr(dispatch, "backend", lambda name: table)
+        monkeypatch.setattr(dispatch, "backend", lambda name, number: table)
         dispatch.choose.cache_clear()
 
     yield install

@@ -56,12 +56,14 @@ class Gpu:
         roles = {role: host(getattr(operands, role)) for role in Operands.__slots__}
         reference.run(spec, Operands(**roles), host(out))
 
-    def device(self):
+    def device(self, number):
         assert not self.unusable
         return "the device"
 
-    def reasons_unusable(self):
+    def reasons_unusable(self, number=0):
         return self.unusable
+
+    machine_reasons = reasons_unusable
 
     def facts(self):
         return {"cupy": cp.__version__}

@@ -5,12 +5,15 @@ fake_cupy stands for CuPy; what the cpu backend gives for the same numbers is wh
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import fake_cupy as cp
 import numpy as np
 import pytest
 from gpu_stand_in import forget, usable_gpu
 
 import fusionops as fo
+from fusionops.device import A100, H200
 
 
 @pytest.fixture(autouse=True)
@@ -124,15 +127,43 @@ def test_wide_sixteen_bit_maps_run_on_hopper(runtime, kept):
     [((8, 0), (13, 0), "has compute capability 8.0, needs 9.0"), ((9, 0), (12, 8), "compiler is 12.8, needs 12.9")],
 )
 def test_hopper_is_not_taken_for_granted(runtime, monkeypatch, capability, compiler, reason):
-    major, minor = capability
-    here = cp.Device().attributes | {"ComputeCapabilityMajor": major, "ComputeCapabilityMinor": minor}
-    monkeypatch.setattr(cp.Device, "attributes", here)
+    monkeypatch.setitem(cp.PROFILES, 0, replace(H200, capability=capability))
     monkeypatch.setattr(cp.cuda.nvrtc, "getVersion", lambda: compiler)
     forget()
     x, f = cp.asarray(integers(1, 5, 6, 64, dtype=np.float16)), cp.asarray(integers(1, 1, 64, 64, dtype=np.float16))
     explained = fo.explain("add_conv", [x], f)
     assert explained.kernel == "gpu.add_conv_fprop_igemm_sm80_f16"
     assert reason in str(dict(explained.others)["gpu.add_conv_fprop_igemm_sm90_f16"])
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_each_gpu_has_plans_of_its_own(runtime, monkeypatch, first):
+    """One of Hopper beside an A100, whichever is used first; and one that is too old beside a good one."""
+    monkeypatch.setitem(cp.PROFILES, 1, A100)
+    monkeypatch.setitem(cp.PROFILES, 2, replace(H200, capability=(7, 5)))
+    forget()
+    x, f = integers(1, 5, 6, 64, dtype=np.float16), integers(1, 1, 64, 64, dtype=np.float16)
+    for number in (first, 1 - first):
+        with cp.Device(number):
+            here, filters = cp.asarray(x), cp.asarray(f)
+        runtime.launched.clear()
+        fo.add_conv([here], filters)
+        assert [name.split("<")[0] for name in runtime.launched] == [f"conv_fprop_igemm_{('sm90', 'sm80')[number]}"]
+        assert f"igemm_{('sm90', 'sm80')[number]}_f16" in fo.explain("add_conv", [here], filters).kernel
+    with cp.Device(2):
+        old = cp.asarray(x)
+    with pytest.raises(fo.BackendError, match=r"has compute capability 7\.5, needs 8\.0"):
+        fo.add([old, old])
+
+
+def test_a_launch_that_fails_is_explained(runtime, monkeypatch):
+    def fail(source, name):
+        raise RuntimeError("CUDA_ERROR_ILLEGAL_ADDRESS")
+
+    x = cp.asarray(X)
+    monkeypatch.setattr(runtime, "function", fail)
+    with pytest.raises(fo.BackendError, match=r"(?s)add_fprop_stream<float.* failed on .*ILLEGAL.*FUSIONOPS_SYNC=1"):
+        fo.add([x, x])
 
 
 def test_a_failure_is_known_by_name_when_launches_are_waited_for(runtime, monkeypatch):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from types import SimpleNamespace
+from types import FunctionType, SimpleNamespace
 
 import pytest
 
@@ -15,15 +15,13 @@ class CUDARuntimeError(RuntimeError):
     pass
 
 
-def cupy(version="14.2.0", *, error=None, driver=13000, runtime=13000, capability=(9, 0)):
+def cupy(version="14.2.0", *, error=None, driver=13000, runtime=13000, capability=(9, 0), without_compiler=False):
     def count():
         if error:
             raise CUDARuntimeError(error)
         return 1
 
     attributes = {
-        "ComputeCapabilityMajor": capability[0],
-        "ComputeCapabilityMinor": capability[1],
         "MultiProcessorCount": 132,
         "MaxRegistersPerMultiprocessor": 65536,
         "MaxSharedMemoryPerMultiprocessor": 233472,
@@ -33,21 +31,34 @@ def cupy(version="14.2.0", *, error=None, driver=13000, runtime=13000, capabilit
     }
     calls = SimpleNamespace(
         CUDARuntimeError=CUDARuntimeError,
+        getDevice=lambda: 0,
         getDeviceCount=count,
         driverGetVersion=lambda: driver,
         runtimeGetVersion=lambda: runtime,
         getDeviceProperties=lambda device: {"name": b"NVIDIA Pretended"},
     )
-    here = SimpleNamespace(id=0, attributes=attributes)
-    return SimpleNamespace(__version__=version, cuda=SimpleNamespace(runtime=calls, Device=lambda: here))
+    here = SimpleNamespace(attributes=attributes, compute_capability="".join(map(str, capability)))
+
+    def compiler():
+        if without_compiler:
+            raise RuntimeError("libnvrtc.so was not found")
+        return 13, 0
+
+    nvrtc = SimpleNamespace(getVersion=compiler)
+    return SimpleNamespace(
+        __version__=version, cuda=SimpleNamespace(runtime=calls, Device=lambda number: here, nvrtc=nvrtc)
+    )
+
+
+CACHED = host.machine_reasons, host._device, host.compiler
 
 
 @pytest.fixture(autouse=True)
 def forget():
-    for cached in (host.reasons_unusable, host.device):
+    for cached in CACHED:
         cached.cache_clear()
     yield
-    for cached in (host.reasons_unusable, host.device):
+    for cached in CACHED:
         cached.cache_clear()
 
 
@@ -62,6 +73,11 @@ TOO_OLD = "cudaErrorInsufficientDriver: CUDA driver version is insufficient for 
         (cupy(error=TOO_OLD, driver=0), "there is no NVIDIA driver"),
         (cupy(error=TOO_OLD, driver=12040), "the NVIDIA driver supports CUDA 12.4, CuPy needs 13.0"),
         (cupy(error="cudaErrorNoDevice: no device"), "there is no NVIDIA GPU to use: cudaErrorNoDevice: no device"),
+        (
+            cupy(without_compiler=True),
+            "CUDA's compiler, NVRTC, cannot be loaded: libnvrtc.so was not found; "
+            "pip install fusionops[cuda13] brings it, or fusionops[cuda12]",
+        ),
         (cupy(capability=(7, 5)), "NVIDIA Pretended has compute capability 7.5, needs 8.0 or higher"),
     ],
 )
@@ -77,6 +93,33 @@ def test_a_usable_gpu_is_described(monkeypatch):
     assert host.device().multiprocessors == 132
     assert host.device().capability == (9, 0)
     assert host.facts()["gpu"] == "NVIDIA Pretended"
+
+
+def test_a_capability_has_two_parts(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy", cupy(capability=(12, 0)))
+    assert host.device().capability == (12, 0)
+
+
+def test_stand_ins_offer_nothing_that_cupy_has_not():
+    """CuPy is installed, if without a driver."""
+    import cupy as real
+    import fake_cupy
+
+    def missing(stand_in, of, ours=()):
+        return {name for name in vars(stand_in) if not name.startswith("_")} - set(ours) - set(dir(of))
+
+    assert missing(fake_cupy.cuda, real.cuda) == set()
+    assert missing(fake_cupy.cuda.memory, real.cuda.memory, ours=["limit"]) == set()
+    assert missing(fake_cupy.cuda.nvrtc, real.cuda.nvrtc) == set()
+    made = {name: value for name, value in vars(fake_cupy).items() if getattr(value, "__module__", "") == "fake_cupy"}
+    functions = {name for name, value in made.items() if type(value) is FunctionType and not name.startswith("_")}
+    assert functions - {"enqueue", "get_elapsed_time"} <= set(dir(real))
+    assert missing(fake_cupy.ndarray, real.ndarray) == set()
+    for kind in ("Device", "Event", "MemoryHook"):
+        assert missing(getattr(fake_cupy, kind), getattr(real.cuda, kind), ours=["at_ns"]) == set()
+    for stand_in in (fake_cupy.cuda, cupy().cuda):
+        assert missing(stand_in.runtime, real.cuda.runtime) == set()
+        assert {f"cudaDevAttr{name}" for name in stand_in.Device(0).attributes} <= set(dir(real.cuda.runtime))
 
 
 def test_importing_the_backend_imports_no_cupy():

@@ -13,8 +13,8 @@ import subprocess
 import sys
 import time
 import tracemalloc
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -95,9 +95,22 @@ def differences(compared: Sequence[Arm]) -> list[str]:
 
 
 def _result(arm: Arm) -> Array:
-    arm.out.fill(np.nan)
-    arm.run()
-    return to_numpy(arm.out).copy()
+    with _named(arm):
+        arm.out.fill(np.nan)
+        arm.run()
+        return to_numpy(arm.out).copy()
+
+
+@contextmanager
+def _named(arm: Arm) -> Iterator[None]:
+    """What goes wrong on a GPU is seen by the next call that waits for it: says at least which arm that was."""
+    try:
+        yield
+    except BackendError:
+        raise
+    except RuntimeError as error:  # CuPy's errors of CUDA are such
+        hint = "FUSIONOPS_SYNC=1 fusionops check --backend gpu names the kernel"
+        raise BackendError(f"{arm.merge} {arm.way} failed on the {arm.backend}: {error}\nhint: {hint}") from error
 
 
 def _same_bits(one: Array, other: Array) -> bool:
@@ -140,7 +153,8 @@ def rounds(compared: Sequence[Arm], count: int, advance: Callable[[], None] = la
         for place in range(len(compared)):
             index = (turn + place) % len(compared)
             arm = compared[index]
-            measured[index].append(_turn(arm.run, clocks[arm.backend]))
+            with _named(arm):
+                measured[index].append(_turn(arm.run, clocks[arm.backend]))
             advance()
     return [tuple(times) for times in measured]
 

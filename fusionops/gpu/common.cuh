@@ -70,7 +70,7 @@ template <class T> __device__ __forceinline__ Wide<T> weighted(const Weight& wei
 // Activations, numbered as in `spec.ACTIVATIONS`, 0 for none. NaN goes through every one as NaN.
 enum Activation { NONE, RELU, RELU6, LEAKY_RELU, SIGMOID, TANH, SILU, HARDSWISH, HARDSIGMOID, GELU };
 
-template <class X> __device__ __forceinline__ X relu(X x) { return x < X(0) ? X(0) : x; }
+template <class X> __device__ __forceinline__ X relu(X x) { return is_less(x, X(0)) ? X(0) : x; }
 template <class X> __device__ __forceinline__ X relu6(X x) { return relu(x) > X(6) ? X(6) : relu(x); }
 template <class X> __device__ __forceinline__ X hardsigmoid(X x) { return relu6(add_rn(x, X(3))) / X(6); }
 
@@ -99,7 +99,7 @@ template <class T> __device__ __forceinline__ Wide<T> activated(i64 kind, double
         if (kind == NONE) return x;
         if (kind == RELU) return relu(x);
         if (kind == RELU6) return relu6(x);
-        if (kind == LEAKY_RELU) return x < X(0) ? mul_rn(x, X(slope)) : x;
+        if (kind == LEAKY_RELU) return is_less(x, X(0)) ? mul_rn(x, X(slope)) : x;
         if (kind == HARDSWISH) return mul_rn(x, hardsigmoid(x));
         if (kind == HARDSIGMOID) return hardsigmoid(x);
         return transcendental(kind, x);  // called, not copied to where each sum is stored: these are long

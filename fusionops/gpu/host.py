@@ -1,4 +1,4 @@
-"""What this machine's GPU is, and why there may be none to use. Asks CuPy once, when first asked."""
+"""What this machine's GPUs are, and why there may be none to use. Asks CuPy once of each, when first asked."""
 
 from __future__ import annotations
 
@@ -11,9 +11,20 @@ OLDEST_CUPY = (14, 2)  # before it, templates were compiled again in every proce
 OLDEST_CAPABILITY = (8, 0)
 
 
+def reasons_unusable(number: int | None = None) -> tuple[str, ...]:
+    """Every reason why no kernel can run on the GPU of that number, or on the current one; empty means they can."""
+    if reasons := machine_reasons():
+        return reasons
+    here = device(number)
+    if here.capability < OLDEST_CAPABILITY:
+        has, needs = (".".join(map(str, capability)) for capability in (here.capability, OLDEST_CAPABILITY))
+        return (f"{here.name} has compute capability {has}, needs {needs} or higher",)
+    return ()
+
+
 @functools.cache
-def reasons_unusable() -> tuple[str, ...]:
-    """Every reason why no kernel can run here; empty means they can."""
+def machine_reasons() -> tuple[str, ...]:
+    """Every reason why no kernel can run on any GPU of this machine."""
     try:
         import cupy
     except ImportError as error:
@@ -28,10 +39,11 @@ def reasons_unusable() -> tuple[str, ...]:
         runtime.getDeviceCount()
     except runtime.CUDARuntimeError as error:
         return (_why_no_device(runtime, error),)
-    capability = device().capability
-    if capability < OLDEST_CAPABILITY:
-        needed = ".".join(map(str, OLDEST_CAPABILITY))
-        return (f"{device().name} has compute capability {capability[0]}.{capability[1]}, needs {needed} or higher",)
+    try:
+        compiler()
+    except (RuntimeError, ImportError, OSError) as error:
+        hint = "pip install fusionops[cuda13] brings it, or fusionops[cuda12]"
+        return (f"CUDA's compiler, NVRTC, cannot be loaded: {error}; {hint}",)
     return ()
 
 
@@ -58,16 +70,22 @@ def compiler() -> tuple[int, int]:
     return major, minor
 
 
-@functools.cache
-def device() -> GpuDevice:
-    """The current GPU."""
+def device(number: int | None = None) -> GpuDevice:
+    """The GPU of that number, or the current one."""
     import cupy
 
-    here = cupy.cuda.Device()
-    attributes = here.attributes
+    return _device(cupy.cuda.runtime.getDevice() if number is None else number)
+
+
+@functools.cache
+def _device(number: int) -> GpuDevice:
+    import cupy
+
+    here = cupy.cuda.Device(number)
+    attributes, capability = here.attributes, here.compute_capability  # such as "90", or "120"
     return GpuDevice(
-        cupy.cuda.runtime.getDeviceProperties(here.id)["name"].decode(),
-        (attributes["ComputeCapabilityMajor"], attributes["ComputeCapabilityMinor"]),
+        cupy.cuda.runtime.getDeviceProperties(number)["name"].decode(),
+        (int(capability[:-1]), int(capability[-1])),
         attributes["MultiProcessorCount"],
         attributes["MaxRegistersPerMultiprocessor"],
         attributes["MaxSharedMemoryPerMultiprocessor"],

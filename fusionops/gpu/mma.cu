@@ -84,11 +84,13 @@ __global__ void __launch_bounds__(THREADS, 2) conv_fprop_igemm_sm80(const __grid
     T* const b = a + STAGES * BM * BC;
 
     const int t = threadIdx.x;
-    const int M = int(p.N * p.P * p.Q), K = int(p.K), tiles_m = (M + BM - 1) / BM, tiles_n = (K + BN - 1) / BN;
+    const i64 M = p.N * p.P * p.Q;
+    const int K = int(p.K), tiles_m = int((M + BM - 1) / BM), tiles_n = (K + BN - 1) / BN;
     const int group = blockIdx.x / (tiles_m * tiles_n), inside = blockIdx.x % (tiles_m * tiles_n);
-    const int m0 = inside / tiles_n * BM, k0 = inside % tiles_n * BN;  // neighbours share their pixels
+    const i64 m0 = i64(inside / tiles_n) * BM;
+    const int count = int(M - m0 < BM ? M - m0 : BM), k0 = inside % tiles_n * BN;  // neighbours share their pixels
     const int steps = int(p.R * p.S * ((p.C + BC - 1) / BC));
-    for (int i = t; i < BM; i += THREADS) pixels[i] = pixel_of(p, m0 + i < M ? m0 + i : M - 1);
+    for (int i = t; i < BM; i += THREADS) pixels[i] = pixel_of(p, m0 + (i < count ? i : count - 1));
     __syncthreads();
 
     // What a thread brings of a step: runs of its channels of some pixels, and of some filters.
@@ -202,9 +204,9 @@ __global__ void __launch_bounds__(THREADS, 2) conv_fprop_igemm_sm80(const __grid
 #pragma unroll 1
         for (int at = t; at < BM / 2 * BN; at += THREADS) {
             const int row = to_channels ? at / BN : at % (BM / 2), column = to_channels ? at % BN : at / (BM / 2);
-            const int m = m0 + half * (BM / 2) + row, filter = k0 + column;
-            if (m < M && filter < K)
-                finish<T>(p, pixels[half * (BM / 2) + row], group * K + filter, staged[row * (BN + 1) + column]);
+            const int pixel = half * (BM / 2) + row, filter = k0 + column;
+            if (pixel < count && filter < K)
+                finish<T>(p, pixels[pixel], group * K + filter, staged[row * (BN + 1) + column]);
         }
     }
 }

@@ -135,15 +135,17 @@ def launch(
 
     With FUSIONOPS_SYNC=1 in the environment it waits: what fails is then known by name, not at some later call.
     """
-    function = runtime().function(source, name)
-    if shared_bytes > BLOCK_SHARED_BYTES and function.max_dynamic_shared_size_bytes < shared_bytes:
-        function.max_dynamic_shared_size_bytes = shared_bytes
-    function(grid, (block,), (params,), shared_mem=shared_bytes)
-    if os.environ.get("FUSIONOPS_SYNC") == "1":
-        try:
+    waits = os.environ.get("FUSIONOPS_SYNC") == "1"
+    try:
+        function = runtime().function(source, name)
+        if shared_bytes > BLOCK_SHARED_BYTES and function.max_dynamic_shared_size_bytes < shared_bytes:
+            function.max_dynamic_shared_size_bytes = shared_bytes
+        function(grid, (block,), (params,), shared_mem=shared_bytes)
+        if waits:
             runtime().wait()
-        except RuntimeError as error:  # CuPy's errors of CUDA are such
-            raise BackendError(f"{name} failed on {grid} blocks of {block} threads: {error}") from error
+    except RuntimeError as error:  # CuPy's errors of CUDA are such
+        hint = "" if waits else "\nhint: an earlier kernel may be to blame; FUSIONOPS_SYNC=1 in the environment tells"
+        raise BackendError(f"{name} failed on {grid} blocks of {block} threads: {error}{hint}") from error
 
 
 def on_device_of(array: Any) -> AbstractContextManager[Any]:

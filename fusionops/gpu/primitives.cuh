@@ -9,11 +9,12 @@ typedef unsigned long long u64;
 typedef long long i64;
 
 // IEEE arithmetic, one rounding, subnormal numbers kept: CuPy compiles with -ftz=true, which would flush those of
-// operators and of __fadd_rn alike, and merges promise NumPy's bits.
+// operators, comparisons among them, and of __fadd_rn alike, and merges promise NumPy's bits.
 #ifdef FUSIONOPS_HOST
 static inline float add_rn(float a, float b) { return a + b; }
 static inline float mul_rn(float a, float b) { return a * b; }
 static inline float fma_rn(float a, float b, float c) { return fmaf(a, b, c); }
+static inline bool is_less(float a, float b) { return a < b; }
 #else
 __device__ __forceinline__ float add_rn(float a, float b) {
     float c;
@@ -30,7 +31,13 @@ __device__ __forceinline__ float fma_rn(float a, float b, float c) {
     asm("fma.rn.f32 %0, %1, %2, %3;" : "=f"(d) : "f"(a), "f"(b), "f"(c));
     return d;
 }
+__device__ __forceinline__ bool is_less(float a, float b) {
+    u32 is;
+    asm("{.reg .pred less; setp.lt.f32 less, %1, %2; selp.u32 %0, 1, 0, less;}" : "=r"(is) : "f"(a), "f"(b));
+    return is != 0;
+}
 #endif
+__device__ __forceinline__ bool is_less(double a, double b) { return a < b; }
 __device__ __forceinline__ double add_rn(double a, double b) { return __dadd_rn(a, b); }
 __device__ __forceinline__ double mul_rn(double a, double b) { return __dmul_rn(a, b); }
 __device__ __forceinline__ double fma_rn(double a, double b, double c) { return fma(a, b, c); }

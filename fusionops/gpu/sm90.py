@@ -87,8 +87,7 @@ class HopperConfig:
 
     def illegal_on(self, device: GpuDevice) -> tuple[str, ...]:
         reasons = igemm.beyond(device, self.block_shared_bytes, THREADS)
-        missing = _without_products(device)
-        return (*reasons, missing) if missing else tuple(reasons)
+        return (*reasons, *_without_products(device))
 
 
 def block_shared_bytes(filters: int) -> int:
@@ -97,10 +96,10 @@ def block_shared_bytes(filters: int) -> int:
     return BUFFER_BYTES // stage * (stage + 16) + FINISHED_BYTES
 
 
-def _without_products(device: GpuDevice) -> str | None:
+def _without_products(device: GpuDevice) -> tuple[str, ...]:
     if device.capability == CAPABILITY:
-        return None
-    return f"{device.name} has compute capability {'.'.join(map(str, device.capability))}, needs 9.0"
+        return ()
+    return (f"{device.name} has compute capability {'.'.join(map(str, device.capability))}, needs 9.0",)
 
 
 def plan(spec: FusionSpec, device: GpuDevice) -> HopperConfig:
@@ -237,15 +236,12 @@ def slow(spec: FusionSpec, device: GpuDevice) -> tuple[str, ...]:
     return ()
 
 
-@functools.cache
-def without_products() -> str | None:
-    """Why this machine's GPU has none of these kernels' instructions; None where it has, or where there is no GPU."""
-    if host.reasons_unusable():
-        return None
-    version = host.compiler()
-    if version < OLDEST_COMPILER:
-        return f"CUDA's compiler is {version[0]}.{version[1]}, needs {OLDEST_COMPILER[0]}.{OLDEST_COMPILER[1]} or newer"
-    return _without_products(host.device())
+def lacking(device: GpuDevice) -> tuple[str, ...]:
+    """Why a GPU of this machine has none of these kernels' instructions, or none that can be compiled."""
+    version, oldest = host.compiler(), OLDEST_COMPILER
+    if version < oldest:
+        return (f"CUDA's compiler is {version[0]}.{version[1]}, needs {oldest[0]}.{oldest[1]} or newer",)
+    return _without_products(device)
 
 
 def _kernel(merge: Merge, contraction: type[Conv2d] | type[Dense], dtype: str) -> Kernel:
@@ -257,11 +253,12 @@ def _kernel(merge: Merge, contraction: type[Conv2d] | type[Dense], dtype: str) -
             reasons.append(f"layout is {spec.layout}, needs NHWC")
         if spec.contraction is not None and spec.conv.groups != 1:
             reasons.append(f"there are {spec.conv.groups} groups, needs one")
-        missing = without_products()
-        return (*reasons, missing) if missing else tuple(reasons)
+        return tuple(reasons)
 
     word = "conv" if contraction is Conv2d else "dense"
-    return Kernel(f"gpu.{merge}_{word}_fprop_igemm_sm90_{SUFFIXES[dtype]}", unsupported, plan, run, slow)
+    return Kernel(
+        f"gpu.{merge}_{word}_fprop_igemm_sm90_{SUFFIXES[dtype]}", unsupported, plan, run, slow, lacking=lacking
+    )
 
 
 KERNELS = tuple(
