@@ -7,11 +7,13 @@ Arithmetic and the assembler's report alone: nothing runs on a GPU. Needs the wh
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from collections import ChainMap
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
@@ -24,16 +26,18 @@ from fusionops import gpu
 from fusionops.cost import analyse
 from fusionops.device import H200
 from fusionops.gpu import grouped, igemm, mma, module, sm90, stream
-from fusionops.problems import conv, in_dtype
+from fusionops.problems import conv, dense, in_dtype, join
 from fusionops.problems.rows import ADD, CONCAT, Problem
+from fusionops.spec import FusionSpec
 
 ARCHS = ("sm_80", "sm_90a")
 BLOCK_RESERVES = 1024  # bytes of shared memory that every block takes besides its own
 # NVIDIA's data sheet of the H200 SXM: dense FLOP/s, and bytes/s of its memory.
-PEAK_FLOPS = {"bfloat16": 989e12, "float16": 989e12, "float32": 67e12}
+PEAK_FLOPS = {"bfloat16": 989e12, "tf32": 494e12, "float32": 67e12}
 BANDWIDTH = 4.8e12
 
 
+@functools.cache
 def resources(source: str, arch: str) -> dict[str, Resources]:
     names = [name for name in SYMBOLS[source] if name.endswith(", 4>")]
     flags = (*module.FLAGS, "-ftz=true")
@@ -100,28 +104,43 @@ def layers() -> Iterator[Problem]:
         ("resnext_grouped", 56, 128, 3, 32),
     ):
         yield conv(name, ADD, (C, C), C, taps, taps, N=8, H=H, W=H, groups=groups, strict=False)
+    for merge in (CONCAT, ADD):
+        yield dense("lstm", merge, (1024, 1024), 4096, rows=64)
+        yield join("fpn_p2", merge, (8, 200, 336, 256), (8, 200, 336, 256), axis=3)
+
+
+def in_format(problem: Problem, dtype: str) -> FusionSpec:
+    """Of a sum in any order; what float16 asks for is what bfloat16 does."""
+    spec = problem.spec if dtype in ("float32", "tf32") else in_dtype(problem, dtype).spec
+    if spec.contraction is None:
+        return spec
+    return replace(spec, strict=False, precision="tf32" if dtype == "tf32" else None)
 
 
 def plans() -> Iterator[str]:
-    yield "| layer, batch 8 | dtype | kernel | GFLOP | MiB moved | tiles | rounds | arithmetic, µs | memory, µs |"
-    yield "|---|---|---|---|---|---|---|---|---|"
+    yield "| problem | format | kernel | GFLOP | MiB moved | tiles | rounds | an SM | arithmetic, µs | memory, µs |"
+    yield "|---|---|---|---|---|---|---|---|---|---|"
     for problem in layers():
-        for dtype in ("bfloat16", "float32"):
-            spec = in_dtype(problem, dtype).spec if dtype != "float32" else problem.spec
+        for dtype in PEAK_FLOPS:
+            if dtype == "tf32" and (problem.spec.contraction is None or problem.spec.conv.groups > 1):
+                continue
+            spec = in_format(problem, dtype)
             able = [kernel for kernel in gpu.KERNELS if not kernel.unsupported(spec)]
             kernel = next(kernel for kernel in able if not kernel.slow(spec, H200))
             config, cost = kernel.plan(spec, H200), analyse(spec)
-            tiles, places = config.blocks, 2 * H200.multiprocessors
-            if kernel in sm90.KERNELS:
-                tiles, places = sm90.tiles(spec, config.filters), config.blocks
-            rounds = tiles / places
-            name = kernel.name.removeprefix("gpu.")
+            launched = "– | – | –"  # a stream's blocks depend on how its arrays lie
+            if spec.contraction is not None:
+                name = config.symbol.format(sources=4, run=4)  # in runs where a kernel has them
+                shared, threads = shared_bytes(config.source, name), threads_of(config.source)
+                resident = resident_blocks(resources(config.source, "sm_90a")[name].registers, shared, threads)
+                stays = kernel in sm90.KERNELS
+                tiles = sm90.tiles(spec, config.filters) if stays else config.blocks
+                places = config.blocks if stays else resident * H200.multiprocessors
+                launched = f"{tiles} | {tiles / places:.1f} | {resident}"
             times = cost.flops / PEAK_FLOPS[dtype], cost.bytes_moved / BANDWIDTH
-            numbers = f"{cost.flops / 1e9:.1f} | {cost.bytes_moved / 2**20:.1f} | {tiles} | {rounds:.1f}"
             yield (
-                f"| {problem.name} | {dtype} | {name} | {numbers} | "
-                + " | ".join(f"{s * 1e6:.0f}" for s in times)
-                + " |"
+                f"| {problem.name} | {dtype} | {kernel.name.removeprefix('gpu.')} | {cost.flops / 1e9:.1f} | "
+                f"{cost.bytes_moved / 2**20:.1f} | {launched} | {times[0] * 1e6:.0f} | {times[1] * 1e6:.0f} |"
             )
 
 
