@@ -1,310 +1,212 @@
 """Proves and times the GPU backend on the GPU that is here, and writes what it found as JSON.
 
-    python benchmarks/gpu_check.py [--out FILE] [--only primitives,kernels,sanitizer,times]
+    python benchmarks/gpu_check.py [--out FILE] [--only PART,PART] [--patience 2]
 
+compile      every instantiation, by all processors at once, into the cache on disk that the other parts read
 primitives   every PTX primitive against NumPy's formula for it
 kernels      every kernel on every problem against the reference, within the bounds of `fusionops.testing`
-sanitizer    compute-sanitizer's memcheck and racecheck on some problems, in processes of their own
-times        device copies; add and concat beside them; contractions beside torch: median milliseconds of the device
+memcheck, racecheck   compute-sanitizer on some problems of every family of kernels
+times        device copies; add and concat beside them; layers beside torch: milliseconds of the device
+compiled     the same layers by torch.compile, as many as there is time for
 
-Exits with 1 if anything is wrong. Needs CuPy; torch and compute-sanitizer where they are installed, and says so where
-they are not.
+Every part has its own seconds, 8 minutes in all, which --patience multiplies; its cases run in processes of their own
+(gpu_parts.py). The file is written after each part; parts that did not run keep what the file has of them at the same
+commit. Exits with 1 if anything is wrong, or required and not run. Needs CuPy; torch and compute-sanitizer where they
+are installed, and says so where they are not.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
+import os
+import re
 import shutil
-import statistics
+import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))  # whose checks are made here
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import primitive_checks
-from kernel_checks import assert_same_bits, assert_within, expected_of, rng_of
+import gpu_cases
+import gpu_times
+from gpu_parts import Case, Part, error_of, run_cases, run_parts, write_json
 
-from fusionops import gpu, testing
-from fusionops.device import GpuDevice
-from fusionops.gpu import module, sm90
-from fusionops.kernel import Kernel
-from fusionops.problems import ALIGNED, ANY_ORDER, PROBLEMS, Problem
+from fusionops import gpu
+from fusionops.gpu import module
 
-EVERY = (*PROBLEMS, *ANY_ORDER, *ALIGNED)
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = ("primitives", "kernels", "sanitizer", "times")
-SANITIZED = 40  # problems: under a sanitizer each takes a second or so
-ROUNDS = 15
-SECONDS = 0.02  # of the device in each round
+RESULTS = ROOT / "benchmarks" / "results"
 
-# name, merge, N, H, W, channels of the sources, filters, taps; convolutions "same", channels last.
-CONTRACTIONS = (
-    ("keras_conv", 128, 128, (64, 64), 64, 3),
-    ("unet256_l4", 32, 32, (512, 512), 512, 3),
-    ("unet256_l3", 64, 64, (256, 256), 256, 3),
-    ("unet256_l2", 128, 128, (128, 128), 128, 3),
-    ("unet256_l1", 256, 256, (64, 64), 64, 3),
-    ("densenet_b2_l7", 28, 28, (128, *(32,) * 6), 128, 1),
-    ("yolov8s_bu", 40, 40, (128, 256), 256, 1),
-    ("pointwise_512", 56, 56, (256, 256), 512, 1),
-)
-BATCHES = (1, 8, 32)
-DTYPES = ("bfloat16", "float16", "float32")
-STREAM_BYTES = (1 << 26, 1 << 28, 1 << 30)  # of each source
+# Seconds: 8 minutes for all, of which the last two parts take what the others leave. Compilers take 1 to 4 s for each
+# of 150 instantiations; a case of `kernels` some milliseconds, of which most are the reference's; under a sanitizer a
+# process starts in 10 s and a case takes one or two.
+PARTS = {
+    part.name: part
+    for part in (
+        Part("compile", 75, shards=16, stall=60),
+        Part("primitives", 30, stall=30),
+        Part("kernels", 85, shards=6),
+        Part("memcheck", 90, shards=4, stall=60),
+        Part("racecheck", 90, shards=4, stall=60),
+        Part("times", 100, stall=40),
+        Part("compiled", 100, stall=60, required=False),
+    )
+}
+STAGES = (("compile",), ("primitives",), ("kernels",), ("memcheck", "racecheck"), ("times",), ("compiled",))
+SANITIZERS = ("memcheck", "racecheck")
+SCRIPT = Path(__file__).resolve()
+TOOLKITS = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer", "/opt/cuda/bin")
 
-
-def cases(problems: tuple[Problem, ...] = EVERY) -> Iterator[tuple[Kernel, Problem]]:
-    for problem in problems:
-        for kernel in gpu.KERNELS:
-            if not kernel.unsupported(problem.spec):
-                yield kernel, problem
-
-
-def check_case(
-    kernel: Kernel,
-    problem: Problem,
-    device: GpuDevice,
-    to_device: Callable[[Any], Any],
-    to_host: Callable[[Any], Any],
-) -> None:
-    """Raises AssertionError where a kernel leaves the bound on random numbers, or repeats itself with other bits."""
-    spec = problem.spec
-    operands = testing.random_operands(spec, rng_of(problem))
-    expected = expected_of(spec, operands)
-    there = testing.map_operands(operands, to_device)
-    results = []
-    for _ in range(2):
-        out = to_device(np.full(spec.out_shape, np.nan if np.dtype(spec.dtype).kind not in "iub" else 1, spec.dtype))
-        if spec.return_sum:
-            there.merged = to_device(np.zeros(spec.merged_shape, spec.dtype))
-        kernel.run(spec, kernel.plan(spec, device), there, out)
-        results.append([to_host(out), *([to_host(there.merged)] if spec.return_sum else [])])
-        if kernel in sm90.KERNELS:
-            for filters in sm90.FILTERS:  # other instructions, of which the host's emulation cannot tell
-                kernel.run(spec, sm90.with_tile(spec, filters, device), there, out)
-                assert_same_bits([to_host(out)], results[-1][:1], f"with tiles of {filters} filters")
-    assert_same_bits(results[1], results[0])
-    assert_within(results[0][0], expected[0], testing.error_bound(spec, operands))
-    assert_same_bits(results[0][1:], expected[1:])
+CASES: dict[str, Callable[[], list[Case]]] = {
+    "compile": gpu_cases.compilations,
+    "primitives": gpu_cases.primitives,
+    "kernels": gpu_cases.kernels,
+    "memcheck": gpu_cases.sanitized,
+    "racecheck": gpu_cases.sanitized,
+    "times": gpu_times.timed,
+    "compiled": gpu_times.compiled,
+}
 
 
-def to_gpu(array: np.ndarray[Any, Any]) -> Any:
-    import cupy
-
-    return cupy.asarray(_bits(array)).view(array.dtype)
-
-
-def to_host(array: Any) -> np.ndarray[Any, Any]:
-    host = array.view(np.uint16).get() if array.dtype.name == "bfloat16" else array.get()
-    return np.asarray(host).view(array.dtype)
+def run_shard(arguments: argparse.Namespace) -> int:
+    """One share of a part's cases, in this process."""
+    facts = gpu_times.prepare() if arguments.only in ("times", "compiled") else {}
+    index, shards = map(int, arguments.shard.split("/"))
+    cases = CASES[arguments.only]()[index::shards]
+    return run_cases(cases, arguments.notes, arguments.first, arguments.until, facts, gpu_cases.is_lost)
 
 
-def _bits(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """As another dtype of the same size, where CuPy cannot transfer the array's own."""
-    return array.view(np.uint16) if array.dtype.name == "bfloat16" else array
+def sanitizer() -> str | None:
+    return shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=os.pathsep.join(TOOLKITS))
 
 
-def check_kernels(report: dict[str, Any], problems: tuple[Problem, ...] = EVERY) -> None:
-    failures = {}
-    count = 0
-    for kernel, problem in cases(problems):
-        count += 1
+def run_stage(names: tuple[str, ...], until: float, folder: Path) -> dict[str, dict[str, Any]]:
+    found, here = {}, []
+    for name in names:
+        part, tool = PARTS[name], sanitizer()
+        if name not in SANITIZERS:
+            here.append(part)
+        elif tool is None:
+            found[name] = {"note": "compute-sanitizer is not installed"}
+        else:
+            here.append(replace(part, prefix=(tool, "--tool", name, "--error-exitcode", "9", "--print-limit", "5")))
+    return found | run_parts(here, until, [sys.executable, str(SCRIPT)], folder)
+
+
+def wrong(report: dict[str, Any]) -> list[str]:
+    """Everything for which the exit status is 1."""
+    found = [f"{name}: {error['type']}: {error['text']}" for name, error in report["errors"].items()]
+    for name, part in report["parts"].items():
+        for case, failure in part.get("failures", {}).items():
+            found.append(f"{name}, {case}: {failure['type']}: {failure['text'].strip()[:200]}")
+        if part.get("not_run") and part["required"]:
+            found.append(f"{name}: {part['not_run']} of {part['cases']} cases were not run")
+    return found + gpu_times.wrong_rows(report["parts"].get("times", {}).get("results", {}))
+
+
+def state() -> dict[str, Any]:
+    """Which GPU, which software, which commit."""
+
+    def git(*words: str) -> str:
         try:
-            check_case(kernel, problem, gpu.device(), to_gpu, to_host)
-        except AssertionError as error:
-            failures[f"{kernel.name} {problem.name}"] = str(error)
-    report["kernels"] = {"cases": count, "failures": failures}
+            return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):
+            return "unknown"
+
+    driver = module.runtime().arrays.cuda.runtime.driverGetVersion()
+    packages = ("numpy", "ml_dtypes", "torch", "triton")
+    versions = {name: _version(name) for name in packages}
+    return {"device": gpu.facts(), "driver supports CUDA": driver, "commit": git("rev-parse", "HEAD"),
+            "changed": git("status", "--porcelain", "fusionops", "tests", "benchmarks/*.py").splitlines(),
+            "date": time.strftime("%Y-%m-%d"), "versions": versions}  # fmt: skip
 
 
-def check_primitives(report: dict[str, Any]) -> None:
-    import cupy
-
-    def launch_of(code: str, options: tuple[str, ...], names: tuple[str, ...]) -> primitive_checks.Launch:
-        compiled = cupy.RawModule(code=code, options=options, name_expressions=names)
-
-        def launch(name: str, blocks: int, threads: int, arguments: tuple[Any, ...], shared_bytes: int) -> None:
-            function, given, copies = compiled.get_function(name), [], []
-            for each in arguments:
-                array = each.array if isinstance(each, primitive_checks.Boxes) else each
-                if isinstance(array, np.generic):
-                    given.append(array)
-                    continue
-                copies.append((array, cupy.asarray(_bits(array))))
-                there = copies[-1][1]
-                given.append(each.tensor_map(module.runtime(), there.data.ptr) if array is not each else there)
-            if shared_bytes > module.BLOCK_SHARED_BYTES:
-                function.max_dynamic_shared_size_bytes = shared_bytes
-            function((blocks,), (threads,), tuple(given), shared_mem=shared_bytes)
-            for array, there in copies:
-                _bits(array)[...] = cupy.asnumpy(there)
-
-        return launch
-
+def _version(name: str) -> str | None:
     try:
-        primitive_checks.check_all(launch_of(primitive_checks.source(), module.FLAGS, primitive_checks.NAMES))
-        if gpu.device().capability == (9, 0):
-            code = primitive_checks.source(primitive_checks.HOPPER_SOURCE)
-            options = module.FLAGS + module.ARCHITECTURES["sm90.cu"]
-            primitive_checks.check_hopper(launch_of(code, options, primitive_checks.HOPPER_NAMES))
-        report["primitives"] = {"failures": []}
-    except AssertionError as error:
-        report["primitives"] = {"failures": [str(error)]}
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
-def check_with_sanitizer(report: dict[str, Any]) -> None:
-    sanitizer = shutil.which("compute-sanitizer")
-    if sanitizer is None:
-        report["sanitizer"] = "compute-sanitizer is not installed"
-        return
-    report["sanitizer"] = {}
-    for tool in ("memcheck", "racecheck"):
-        command = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, __file__, "--sanitized"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        tail = (done.stdout + done.stderr).strip().splitlines()[-12:]
-        report["sanitizer"][tool] = {"exit": done.returncode, "tail": tail}
+def default_path(facts: dict[str, Any]) -> Path:
+    device = re.sub(r"[^a-z0-9]+", "-", str(facts["device"].get("gpu", "gpu")).lower()).strip("-")
+    return RESULTS / f"{device}-{facts['commit'][:8]}.json"
 
 
-def device_ms(run: Callable[[], Any]) -> float:
-    """Median over rounds of the device's time for a call, after a warm-up that also compiles."""
-    import cupy
-
-    run()
-    cupy.cuda.runtime.deviceSynchronize()
-    begin, end = cupy.cuda.Event(), cupy.cuda.Event()
-
-    def elapsed(calls: int) -> float:
-        begin.record()
-        for _ in range(calls):
-            run()
-        end.record()
-        end.synchronize()
-        return float(cupy.cuda.get_elapsed_time(begin, end)) / calls
-
-    calls = max(3, int(SECONDS * 1e3 / max(1e-3, elapsed(3))))
-    return statistics.median(elapsed(calls) for _ in range(ROUNDS))
+def parts_before(path: Path, facts: dict[str, Any]) -> dict[str, Any]:
+    """What the file has of the same commit."""
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    same = all(before.get(name) == facts[name] for name in ("device", "commit", "changed"))
+    return dict(before.get("parts", {})) if same else {}
 
 
-def time_streams(rows: list[dict[str, Any]]) -> None:
-    import cupy
+def check(wanted: list[str], out: Path | None, patience: float) -> int:
+    begin = time.time()
+    facts = state()
+    out = out or default_path(facts)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    report: dict[str, Any] = facts | {"parts": parts_before(out, facts), "errors": {}}
 
-    import fusionops as fo
+    def write() -> None:
+        parts = report["parts"]
+        times, compiled = (parts.get(name, {}).get("results", {}) for name in ("times", "compiled"))
+        report["summary"] = gpu_times.summary(times, compiled)
+        report["seconds"] = round(time.time() - begin, 1)
+        report["wrong"] = wrong(report)
+        write_json(out, report)
 
-    for size in STREAM_BYTES:
-        for dtype in ("float32", "float16"):
-            count = size // np.dtype(dtype).itemsize // 64
-            x, y = (cupy.random.standard_normal((count, 64), "float32").astype(dtype) for _ in range(2))
-            out, joined = cupy.empty_like(x), cupy.empty((count, 128), dtype)
-            copied = 2 * size / device_ms(lambda x=x, out=out: cupy.copyto(out, x)) / 1e6
-            added = 3 * size / device_ms(lambda x=x, y=y, out=out: fo.add([x, y], out=out)) / 1e6
-            concat = 4 * size / device_ms(lambda x=x, y=y, out=joined: fo.concat([x, y], out=out)) / 1e6
-            rows.append({"what": "stream", "bytes": size, "dtype": dtype, "copy_gbs": copied, "add_gbs": added,
-                         "concat_gbs": concat})  # fmt: skip
-
-
-def borrowed(tensor: Any) -> Any:
-    """A torch tensor as a CuPy array of the same memory."""
-    import cupy
-    import torch
-
-    if tensor.dtype is torch.bfloat16:
-        return cupy.from_dlpack(tensor.view(torch.int16)).view(primitive_checks.FORMATS["bf16"])
-    return cupy.from_dlpack(tensor)
-
-
-def time_contractions(rows: list[dict[str, Any]]) -> None:
-    """Fused, beside torch, which stores the merged map: eager, and compiled; channels last, TF32 off."""
-    import torch
-    import torch.nn.functional as F
-
-    import fusionops as fo
-
-    torch.backends.cudnn.benchmark = True
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    for name, H, W, channels, K, taps in CONTRACTIONS:
-        for N in BATCHES:
-            for dtype in DTYPES:
-                for merge in ("concat", "add"):
-                    each = channels if merge == "concat" else (channels[0],) * 2
-                    C = sum(each) if merge == "concat" else each[0]
-                    kind = getattr(torch, dtype)
-                    maps = [torch.randn(N, c, H, W, device="cuda").to(kind, memory_format=torch.channels_last)
-                            for c in each]  # fmt: skip
-                    weight = torch.randn(K, C, taps, taps, device="cuda").mul_((C * taps * taps) ** -0.5).to(kind)
-                    weight = weight.to(memory_format=torch.channels_last)
-                    bias = torch.randn(K, device="cuda").to(kind)
-
-                    def eager(maps=maps, weight=weight, bias=bias, merge=merge, taps=taps):
-                        merged = torch.cat(maps, 1) if merge == "concat" else maps[0] + maps[1]
-                        return F.relu(F.conv2d(merged, weight, bias, padding=taps // 2))
-
-                    # The same memory as NHWC maps and HWIO filters.
-                    sources = [borrowed(x.permute(0, 2, 3, 1)) for x in maps]
-                    filters = borrowed(weight.permute(2, 3, 1, 0).contiguous())
-                    vector, result = borrowed(bias), torch.empty(N, H, W, K, device="cuda", dtype=kind)
-                    out = borrowed(result)
-                    op = fo.concat_conv if merge == "concat" else fo.add_conv
-                    options = {"padding": "same", "activation": "relu"}
-
-                    def fused(op=op, sources=sources, filters=filters, vector=vector, options=options, out=out):
-                        op(sources, filters, vector, **options, out=out)
-
-                    row = {"what": name, "N": N, "dtype": dtype, "merge": merge, "fused_ms": device_ms(fused),
-                           "torch_ms": device_ms(eager), "gflop": 2e-9 * N * H * W * C * K * taps * taps}  # fmt: skip
-                    expected = eager().permute(0, 2, 3, 1).float()
-                    found = result.float()
-                    row["relative_l2"] = float((found - expected).norm() / expected.norm())
-                    if BATCHES[-1] == N:
-                        row["torch_compiled_ms"] = device_ms(torch.compile(eager))
-                    row["ratio"] = min(row["torch_ms"], row.get("torch_compiled_ms", np.inf)) / row["fused_ms"]
-                    rows.append(row)
-                    print(row, flush=True)
+    until = begin
+    with tempfile.TemporaryDirectory() as folder:
+        for stage in STAGES:
+            names = tuple(name for name in stage if name in wanted)
+            if not names:
+                continue
+            until += patience * max(PARTS[name].seconds for name in names)
+            try:
+                report["parts"] |= run_stage(names, until, Path(folder))
+            except BaseException as error:
+                report["errors"][", ".join(names)] = error_of(error)
+                if not isinstance(error, Exception):  # an interrupt: what is known is kept
+                    write()
+                    raise
+            write()
+            for name in names:
+                part = report["parts"].get(name, {})
+                print(name, {key: value for key, value in part.items() if key not in ("results", "failures", "facts")},
+                      f"{len(part.get('failures', {}))} failed", flush=True)  # fmt: skip
+    print(json.dumps(report["summary"], indent=1), *report["wrong"], out, sep="\n")
+    return int(bool(report["wrong"]))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="the default is benchmarks/results/DEVICE-COMMIT.json")
     parser.add_argument("--only", default=",".join(PARTS))
-    parser.add_argument("--sanitized", action="store_true", help="run what the sanitizer watches, and nothing else")
+    parser.add_argument("--patience", type=float, default=1.0, help="multiplies the seconds of every part")
+    for option, kind in (("shard", str), ("first", int), ("until", float), ("notes", Path)):  # of a part's processes
+        parser.add_argument(f"--{option}", type=kind, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    wanted = arguments.only.split(",")
+    if unknown := set(wanted) - set(PARTS):
+        parser.error(f"there is no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
     if reasons := gpu.reasons_unusable():
         print("; ".join(reasons), file=sys.stderr)
         return 1
-    if arguments.sanitized:
-        report: dict[str, Any] = {}
-        check_kernels(report, PROBLEMS[:: max(1, len(PROBLEMS) // SANITIZED)])
-        return int(bool(report["kernels"]["failures"]))
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    report = {"device": gpu.facts(), "commit": commit.stdout.strip(), "date": time.strftime("%Y-%m-%d")}
-    parts = arguments.only.split(",")
-    begin = time.perf_counter()
-    if "primitives" in parts:
-        check_primitives(report)
-    if "kernels" in parts:
-        check_kernels(report)
-    if "sanitizer" in parts:
-        check_with_sanitizer(report)
-    if "times" in parts:
-        report["times"] = rows = []
-        time_streams(rows)
-        try:
-            time_contractions(rows)
-        except ImportError as error:
-            report["torch"] = f"not compared: {error}"
-    report["seconds"] = time.perf_counter() - begin
-    text = json.dumps(report, indent=1, default=str)
-    if arguments.out:
-        arguments.out.write_text(text + "\n", encoding="utf-8")
-    print(text)
-    failed = [report.get(part, {}).get("failures") for part in ("primitives", "kernels")]
-    return int(any(failed))
+    if arguments.notes:
+        return run_shard(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that an end from outside leaves a report too
+    return check(wanted, arguments.out, arguments.patience)
 
 
 if __name__ == "__main__":
