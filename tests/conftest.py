@@ -6,6 +6,7 @@ Holds no fixtures of a single module.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 from collections.abc import Callable
 from functools import cache
@@ -52,11 +53,17 @@ def why_no_detector() -> str | None:
     return "rapidocr-onnxruntime 1.4.4 excludes Python 3.13 and newer" if sys.version_info >= (3, 13) else None
 
 
+def why_no_torch() -> str | None:
+    """Why the tests of what the GPU is timed against cannot run here; the test extra does not install it."""
+    return None if importlib.util.find_spec("torch") else "torch is not installed"
+
+
 # What a test can need, as a marker of that name: what it is, and why it is not here.
 NEEDS: dict[str, tuple[str, Callable[[], str | None]]] = {
     "gpu": ("CuPy and a CUDA device", lambda: why_no_gpu()),
     "omp": ("numba's OpenMP threads", lambda: why_no_pool("omppool")),
     "tbb": ("numba's TBB threads", lambda: why_no_pool("tbbpool")),
+    "torch": ("torch, on its CPU", why_no_torch),
     "detector": ("the trained text detector that an example opens", why_no_detector),
 }
 

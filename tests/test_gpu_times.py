@@ -108,7 +108,7 @@ def test_a_stream_that_writes_other_bits_is_noticed(monkeypatch):
     assert gpu_times.wrong_rows({"stream": facts}) == ["times, stream: other bits than without fusion"]
 
 
-@pytest.mark.skipif(not gpu_times.has_torch(), reason="torch is not installed")
+@pytest.mark.torch
 @pytest.mark.parametrize("row", SMALL, ids=str)
 def test_torch_computes_the_same(row):
     facts = gpu_times.time_row(row)
@@ -116,7 +116,7 @@ def test_torch_computes_the_same(row):
     assert not gpu_times.wrong_rows({str(row): facts})
 
 
-@pytest.mark.skipif(not gpu_times.has_torch(), reason="torch is not installed")
+@pytest.mark.torch
 def test_a_result_that_is_not_torchs_is_noticed(monkeypatch):
     fused = Inputs.fused
 
@@ -131,7 +131,7 @@ def test_a_result_that_is_not_torchs_is_noticed(monkeypatch):
     assert "from torch, bound 8e-06" in second
 
 
-@pytest.mark.skipif(not gpu_times.has_torch(), reason="torch is not installed")
+@pytest.mark.torch
 def test_bfloat16_reaches_torch():
     array = gpu_times.numbers((3, 700), "bfloat16", 1)
     found = gpu_times.tensor(array)
@@ -140,7 +140,7 @@ def test_bfloat16_reaches_torch():
     assert (array.reshape(-1)[1009:] == array.reshape(-1)[: 2100 - 1009]).all()
 
 
-@pytest.mark.skipif(not gpu_times.has_torch(), reason="torch is not installed")
+@pytest.mark.torch
 def test_every_row_is_compiled_anew_for_its_shapes(monkeypatch):
     import torch
     import torch._dynamo
@@ -152,7 +152,7 @@ def test_every_row_is_compiled_anew_for_its_shapes(monkeypatch):
     assert said == ["reset", {"dynamic": False}]
 
 
-@pytest.mark.skipif(not gpu_times.has_torch(), reason="torch is not installed")
+@pytest.mark.torch
 def test_what_torch_may_do_is_stated():
     import torch
 
