@@ -185,3 +185,13 @@ def test_an_empty_map_launches_nothing(runtime):
     empty = cp.asarray(np.zeros((0, 6, 8, 9), np.float32))
     assert fo.add_conv([empty], cp.asarray(F)).shape == (0, 4, 6, 7)
     assert runtime.launched == []
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("long", [(1 << 16) - 1, 1 << 16, (1 << 16) + 5])
+def test_rows_of_a_concat_may_be_long(runtime, rows, long):
+    """Of words of 16 bytes; a block that begins in one row ends in the next."""
+    x, y = (np.arange(rows * words * 4, dtype=np.uint32).reshape(rows, -1) for words in (long, 3))
+    result = fo.concat([cp.asarray(x), cp.asarray(y), cp.asarray(x)], axis=1)
+    assert runtime.launched == ["concat_fprop_stream<Run<u64, 2>, 4>"]
+    np.testing.assert_array_equal(cp.asnumpy(result), np.concatenate([x, y, x], axis=1))

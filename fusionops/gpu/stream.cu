@@ -108,20 +108,34 @@ template <int SOURCES> struct ConcatParams {
     ConcatSpan source[SOURCES];
 };
 
+const i64 LONG_ROW = 1 << 16;  // words: no block reaches further than into the next row
+
 template <class W, int SOURCES>
 __global__ void __launch_bounds__(256) concat_fprop_stream(const __grid_constant__ ConcatParams<SOURCES> p) {
     constexpr int ROUNDS = rounds(1);
     const ConcatSpan& span = p.source[blockIdx.y];
-    const i64 count = span.words * p.rows, start = i64(blockIdx.x) * (blockDim.x * ROUNDS) + threadIdx.x;
+    // Divided in 64 bits once for a block; the steps from there fit 32, and a long row ends in it once at most.
+    const i64 start = i64(blockIdx.x) * (blockDim.x * ROUNDS), words = span.words;
+    const i64 first_row = start / words, first_word = start - first_row * words;
     W loaded[ROUNDS];
+    i64 to[ROUNDS];
+    bool exists[ROUNDS];
 #pragma unroll
     for (int u = 0; u < ROUNDS; ++u) {
-        i64 at = start + i64(u) * blockDim.x;
-        if (at < count) loaded[u] = static_cast<const W*>(span.base)[at / span.words * span.step + at % span.words];
+        i64 word = first_word + threadIdx.x + u * blockDim.x, row = first_row;
+        if (words >= LONG_ROW) {
+            row += word >= words;
+            word -= word >= words ? words : 0;
+        } else {
+            const u32 rows = u32(word) / u32(words);
+            row += rows;
+            word -= i64(rows) * words;
+        }
+        exists[u] = row < p.rows;
+        to[u] = row * p.step + span.first + word;
+        if (exists[u]) loaded[u] = static_cast<const W*>(span.base)[row * span.step + word];
     }
 #pragma unroll
-    for (int u = 0; u < ROUNDS; ++u) {
-        i64 at = start + i64(u) * blockDim.x;
-        if (at < count) static_cast<W*>(p.out)[at / span.words * p.step + span.first + at % span.words] = loaded[u];
-    }
+    for (int u = 0; u < ROUNDS; ++u)
+        if (exists[u]) static_cast<W*>(p.out)[to[u]] = loaded[u];
 }
