@@ -14,6 +14,7 @@ from gpu_stand_in import forget, usable_gpu
 
 import fusionops as fo
 from fusionops.device import A100, H200
+from fusionops.gpu import stream
 
 
 @pytest.fixture(autouse=True)
@@ -195,3 +196,15 @@ def test_rows_of_a_concat_may_be_long(runtime, rows, long):
     result = fo.concat([cp.asarray(x), cp.asarray(y), cp.asarray(x)], axis=1)
     assert runtime.launched == ["concat_fprop_stream<Run<u64, 2>, 4>"]
     np.testing.assert_array_equal(cp.asnumpy(result), np.concatenate([x, y, x], axis=1))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, np.float64])
+def test_more_elements_than_32_bits_count_are_added_one_by_one(runtime, monkeypatch, dtype):
+    """By the kernel that counts in 64 bits, which a small sum takes where few runs are too many."""
+    monkeypatch.setattr(stream, "FEW_RUNS", 1)
+    stream.prepare_add.cache_clear()
+    x, y = integers(2, 6, 8, 9, dtype=dtype), integers(2, 3, 4, 9, dtype=dtype, seed=1)
+    result = fo.add([cp.asarray(x), fo.Source(cp.asarray(y), upsample=2)])
+    stream.prepare_add.cache_clear()
+    assert [name.split(", ")[2] for name in runtime.launched] == ["u64"]
+    np.testing.assert_array_equal(cp.asnumpy(result), fo.add([x, fo.Source(y, upsample=2)]))
