@@ -178,7 +178,19 @@ def test_backends_that_disagree_return_1(gpu, capsys, monkeypatch):
     assert "concat, gpu against cpu: " in printed.err
 
 
-@pytest.mark.parametrize(("dtype", "near", "far"), [("float32", 7e-6, 9e-6), ("float64", 13e-15, 17e-15)])
+def test_narrow_maps_run_on_tensor_cores(gpu, capsys):
+    assert (
+        cli.main(["compare", "--backend", "cpu,gpu", *SMALL, "--filters", "32", "--dtype", "float16", "--json", "-"])
+        == 0
+    )
+    kernels = {row["backend"]: row["kernel"] for row in json.loads(capsys.readouterr().out)["rows"]}
+    assert kernels["cpu"].endswith("_f16")
+    assert "_igemm_sm" in kernels["gpu"]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "near", "far"), [("float32", 7e-6, 9e-6), ("float64", 13e-15, 17e-15), ("float16", 9e-4, 2.1e-3)]
+)
 def test_backends_may_differ_by_twice_the_promised_error(dtype, near, far):
     out = np.zeros(1000, dtype)
 

@@ -20,6 +20,7 @@ from fusionops.spec import ACTIVATIONS, Merge
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 DEFAULT = WORKLOADS["keras_conv"]
+DTYPES = ("float32", "float64", "float16")
 OWN_OPTIONS = ("shape", "channels", "upsample", "filters", "kernel", "stride", "padding", "activation")
 FEWEST_ROUNDS = 3  # for a median and quartiles
 
@@ -61,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", help="fused against materialised on layers of known networks")
     bench.add_argument("names", nargs="*", type=_workload_name, metavar="NAME", help="workloads; see --list")
     bench.add_argument("--list", action="store_true", help="list the workloads and where they come from")
-    bench.add_argument("--dtype", choices=("float32", "float64"), default="float32")
+    bench.add_argument("--dtype", choices=DTYPES, default="float32")
     bench.add_argument("--layout", choices=("NHWC", "NCHW"), default="NHWC")
     _add_measurement(bench, rounds=7)
 
@@ -95,7 +96,7 @@ def _add_problem(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--stride", type=_pair, metavar="H[,W]", help="default 1")
     group.add_argument("--padding", type=_padding, metavar="P", help="same, valid, P, H,W or T,B,L,R; default same")
     group.add_argument("--activation", choices=("none", *ACTIVATIONS), metavar="NAME", help="or none; default relu")
-    group.add_argument("--dtype", choices=("float32", "float64"), default="float32")
+    group.add_argument("--dtype", choices=DTYPES, default="float32")
     group.add_argument("--layout", choices=("NHWC", "NCHW"), default="NHWC")
     parser.set_defaults(workload_of=lambda options: _workload(parser, options))
 
