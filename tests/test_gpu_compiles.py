@@ -52,5 +52,20 @@ def test_the_kernels_that_check_primitives_on_a_device_compile(source, names, ar
     assert set(kernels) == set(names)
 
 
+@pytest.mark.parametrize(("source", "arch"), [(source, arch[3:5]) for source, arch in CASES])
+def test_cupy_compiles_them_with_the_options_it_adds(monkeypatch, source, arch):
+    """-ftz=true and its own -arch behind ours; it would ask the driver for the architecture, which is not here."""
+    from cupy.cuda import compiler
+
+    monkeypatch.setattr(compiler, "_get_arch_for_options_for_nvrtc", lambda arch: (f"-arch=sm_{arch}", "cubin"))
+    options = (*module.FLAGS, *module.ARCHITECTURES.get(source, ()), "-ftz=true")
+    name = SYMBOLS[source][0]
+    code = module.read_source(source)
+    cubin, mangled = compiler.compile_using_nvrtc(code, options, arch, source, name_expressions=(name,))
+    assert cubin.startswith(b"\x7fELF")
+    assert (b"sm_90a" in cubin) == (source == sm90.SOURCE)
+    assert mangled[name].encode() in cubin
+
+
 def test_every_file_of_the_backend_is_compiled():
     assert {path.name for path in module.HERE.glob("*.cu")} == set(SYMBOLS)
