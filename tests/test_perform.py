@@ -283,7 +283,7 @@ def test_small_call_stays_within_its_budget(monkeypatch, options, budget):
     nothing = Kernel("cpu.nothing", lambda spec: (), lambda spec, device: config, lambda *args: None,
                      replay=lambda *args: lambda *args: None)  # fmt: skip
     idle = Backend("cpu", (nothing,), None, (), lambda: 1)
-    monkeypatch.setattr(dispatch, "backend", lambda name: idle)
+    monkeypatch.setattr(dispatch, "backend", lambda name, number: idle)
     dispatch.choose.cache_clear()
     call = timeit.Timer(lambda: fo.concat_dense([x, y], matrix, bias, activation="relu", out=out, **options))
     yardstick = timeit.Timer("sum(range(1000))")

@@ -7,6 +7,7 @@ Weights are not part of it: calls that have some are judged each time.
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +21,7 @@ from fusionops.kernel import Filters
 Key = tuple[Any, ...]
 
 _ndarray = np.ndarray
+_look = attrgetter("shape", "strides", "dtype")
 
 # Options that are compared by value, those of a type with those of the same type: 1 == True, but they are judged apart.
 _COMPARED = {int, str, bool, type(None)}
@@ -38,40 +40,35 @@ def sight(
     """
     if type(sources) is not list and type(sources) is not tuple:
         return None
-    values = tuple(options.values())
-    types: Any = tuple(map(type, values))
+    values = (*options.values(),)
+    types: Any = (*map(type, values),)
     if not _COMPARED.issuperset(types):
         if not all(type(value) in _COMPARED or _is_exact(value) for value in values):
             return None
         types = repr(values)
-    key: list[Any] = [op, values, types, out is None, len(sources)]
-    arrays: list[Array] = []
-    for source in sources:
-        if type(source) is _ndarray:
-            key.append(1)
-            arrays.append(source)
-        elif type(source) is Source and type(source.array) is _ndarray and is_upsampled_alone(source):
-            key.append(source.upsample)
-            arrays.append(source.array)
-        else:
-            return None
+    kinds: list[Any] = [*map(type, sources)]
+    arrays: list[Array] = [*sources]
+    if kinds.count(_ndarray) < len(kinds):
+        for i, source in enumerate(sources):
+            if type(source) is Source and type(source.array) is _ndarray and is_upsampled_alone(source):
+                kinds[i], arrays[i] = source.upsample, source.array
+            elif type(source) is not _ndarray:
+                return None
     for other in others:
         if type(other) is _ndarray:
-            key.append(_ndarray)
+            kinds.append(_ndarray)
             arrays.append(other)
         elif other is None:
-            key.append(None)
+            kinds.append(None)
         elif type(other) is Filters:
-            key.append(other.kind)
+            kinds.append(other.kind)
         else:
             return None
     if out is not None:
         if type(out) is not _ndarray or not out.flags.writeable:
             return None
         arrays.append(out)
-    for array in arrays:
-        key += array.shape, array.strides, array.dtype
-    return tuple(key), addresses(arrays)
+    return (op, values, types, out is None, len(sources), *kinds, *map(_look, arrays)), addresses(arrays)
 
 
 def _is_exact(value: Any) -> bool:
@@ -128,6 +125,6 @@ def admits(known: Reaches, places: list[int]) -> bool:
     first, last = to + low, to + high
     for (low, high, alike), start in zip(inputs, places):  # noqa: B905  the last address is out's
         bits |= start
-        if start + low < last and first < start + high and not (alike and start == to):
+        if first < start + high and start + low < last and not (alike and start == to):
             return False
     return bits % alignment == 0
