@@ -2,7 +2,7 @@
 
     python benchmarks/gpu_check.py [--out FILE] [--only PART,PART] [--patience 2]
 
-compile      every instantiation, by all processors at once, into the cache on disk that the other parts read
+compile      every instantiation, by 16 processes at once, into the cache on disk that the other parts read
 primitives   every PTX primitive against NumPy's formula for it
 kernels      every kernel on every problem against the reference, within the bounds of `fusionops.testing`
 memcheck, racecheck   compute-sanitizer on some problems of every family of kernels
@@ -11,8 +11,8 @@ compiled     the same layers by torch.compile, as many as there is time for
 
 Every part has its own seconds, 8 minutes in all, which --patience multiplies; its cases run in processes of their own
 (gpu_parts.py). The file is written after each part; parts that did not run keep what the file has of them at the same
-commit. Exits with 1 if anything is wrong, or required and not run. Needs CuPy; torch and compute-sanitizer where they
-are installed, and says so where they are not.
+commit. Exits with 1 if anything is wrong, or required and not run. Needs CuPy and ml_dtypes; takes torch and
+compute-sanitizer where they are installed, and says so where they are not.
 """
 
 from __future__ import annotations
@@ -97,7 +97,10 @@ def run_stage(names: tuple[str, ...], until: float, folder: Path) -> dict[str, d
         elif tool is None:
             found[name] = {"note": "compute-sanitizer is not installed"}
         else:
-            here.append(replace(part, prefix=(tool, "--tool", name, "--error-exitcode", "9", "--print-limit", "5")))
+            # CuPy asks the driver for attributes that it may not have, and takes no for an answer.
+            quiet = ("--report-api-errors", "no") if name == "memcheck" else ()
+            prefix = (tool, "--tool", name, *quiet, "--error-exitcode", "9", "--print-limit", "5")
+            here.append(replace(part, prefix=prefix))
     return found | run_parts(here, until, [sys.executable, str(SCRIPT)], folder)
 
 
@@ -147,7 +150,9 @@ def parts_before(path: Path, facts: dict[str, Any]) -> dict[str, Any]:
         before = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    same = all(before.get(name) == facts[name] for name in ("device", "commit", "changed"))
+    same = facts["commit"] != "unknown" and all(
+        before.get(name) == facts[name] for name in ("device", "commit", "changed")
+    )
     return dict(before.get("parts", {})) if same else {}
 
 

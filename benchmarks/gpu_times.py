@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
+import shutil
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -141,13 +142,12 @@ class Inputs:
         ups = [layer.upsample] + [1] * (len(layer.channels) - 1)
         each = enumerate(zip(layer.channels, ups, strict=True))
         self.maps = [numbers(shape(channels, up), row.dtype, i) for i, (channels, up) in each]
-        taps = () if row.is_dense else (layer.taps,) * 2
-        terms = row.C // layer.groups
+        taps, terms = () if row.is_dense else (layer.taps,) * 2, row.C // layer.groups
         self.filters = numbers((*taps, terms, layer.K), row.dtype, 100, (terms * layer.taps**2) ** -0.5)
         self.bias = numbers((layer.K,), row.dtype, 101)
         self.residual = numbers(shape(layer.K), row.dtype, 102) if layer.residual else None
         empty = functools.partial(runtime().arrays.empty, dtype=self.bias.dtype)
-        self.out, self.stored = empty(shape(layer.K)), empty(shape(layer.K))
+        self.out, self.stored = (empty(shape(layer.K)) for _ in range(2))
         self.merged = empty(shape(row.C)) if len(layer.channels) > 1 else self.maps[0]
         self.before = empty(shape(layer.K)) if layer.residual else self.stored
         self.kept = fo.prepack(self.filters)
@@ -218,9 +218,7 @@ def torch_call(row: Row) -> Callable[..., Any]:
     return call
 
 
-@functools.cache
-def _clock() -> probe.Clock:
-    return probe.Clock()
+_clock = functools.cache(probe.Clock)
 
 
 def device_ms(run: Callable[[], Any]) -> float:
@@ -244,16 +242,24 @@ def time_row(row: Row) -> dict[str, Any]:
         facts["materialised_ms"] = device_ms(inputs.materialised)
         if inputs.residual is None:  # else the convolution is rounded before the sum
             facts["same_bits"] = same_bits(inputs.out, inputs.stored)
-    if has_torch():
-        import torch
-
-        call, tensors = torch_call(row), inputs.tensors()
-        with torch.no_grad():
-            facts["torch_ms"] = device_ms(lambda: call(*tensors))
-            expected, found = call(*tensors).float(), tensor(inputs.out).float()
-        expected = expected if row.is_dense else expected.permute(0, 2, 3, 1)
-        facts["relative_l2"] = float((found - expected).norm() / expected.norm())
+    if not without_torch():
+        try:
+            facts |= time_beside(row, inputs)
+        except Exception as error:  # noqa: BLE001  what fusionops took is known all the same
+            facts["torch_error"] = f"{type(error).__name__}: {error}"
     return facts
+
+
+def time_beside(row: Row, inputs: Inputs) -> dict[str, Any]:
+    """What torch takes, and how far from it the fused call's result is."""
+    import torch
+
+    call, tensors = torch_call(row), inputs.tensors()
+    with torch.no_grad():
+        ms = device_ms(lambda: call(*tensors))
+        expected, found = call(*tensors).float(), tensor(inputs.out).float()
+    expected = expected if row.is_dense else expected.permute(0, 2, 3, 1)
+    return {"torch_ms": ms, "relative_l2": float((found - expected).norm() / expected.norm())}
 
 
 def time_compiled(row: Row) -> dict[str, Any]:
@@ -289,15 +295,27 @@ def time_product() -> dict[str, Any]:
     return {"extent": PRODUCT, "ms": ms, "tflops": 2e-9 * PRODUCT**3 / ms}
 
 
-def has_torch() -> bool:
-    return importlib.util.find_spec("torch") is not None
+def without_torch() -> str | None:
+    """Why nothing is timed beside torch; None where it is."""
+    if importlib.util.find_spec("torch") is None:
+        return "torch is not installed"
+    import torch
+
+    return None if torch.version.cuda or not hasattr(runtime().arrays, "cuda") else "torch is installed without CUDA"
+
+
+def without_compiled() -> str | None:
+    """Why torch compiles nothing here."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    return None if any(map(shutil.which, ("cc", "gcc", "clang"))) else "there is no C compiler"
 
 
 def prepare() -> dict[str, Any]:
     """Sets what torch leaves to its users, and states it."""
     facts: dict[str, Any] = {"clock": "device time of one call, caches full of zeros; median", "rounds": ROUNDS}
-    if not has_torch():
-        return facts | {"torch": "torch is not installed"}
+    if reason := without_torch():
+        return facts | {"torch": reason}
     import torch
 
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
@@ -310,7 +328,7 @@ def prepare() -> dict[str, Any]:
         "cudnn.benchmark": cudnn.benchmark,
         "TF32 allowed": {"cudnn": cudnn.allow_tf32, "cuda.matmul": matmul.allow_tf32},
         "memory format": "channels_last",
-        "compiled": "torch.compile, mode default, dynamic=False",
+        "compiled": without_compiled() or "torch.compile, mode default, dynamic=False",
     }
 
 
@@ -321,14 +339,15 @@ def timed() -> list[Case]:
         for size in STREAM_BYTES
         for dtype in ("float32", "float16")
     ]
-    if has_torch():
-        cases.append(("cublas bfloat16", time_product))
-    return [*cases, *((str(row), functools.partial(time_row, row)) for row in rows())]
+    product: list[Case] = [] if without_torch() else [("cublas bfloat16", time_product)]
+    return [*cases, *product, *((str(row), functools.partial(time_row, row)) for row in rows())]
 
 
 def compiled() -> list[Case]:
     """Every row by torch.compile, whose compiler takes seconds for each: as many as there is time for."""
-    return [(str(row), functools.partial(time_compiled, row)) for row in rows()] if has_torch() else []
+    if without_torch() or without_compiled():
+        return []
+    return [(str(row), functools.partial(time_compiled, row)) for row in rows()]
 
 
 # What the rows say.
@@ -339,6 +358,8 @@ def wrong_rows(found: dict[str, dict[str, Any]]) -> list[str]:
     for name, row in found.items():
         if not row.get("same_bits", True):
             wrong.append(f"times, {name}: other bits than without fusion")
+        if "torch_error" in row:
+            wrong.append(f"times, {name}: torch failed: {row['torch_error']}")
         bound = BOUNDS.get(row.get("dtype", ""), 0.0)
         if not row.get("relative_l2", 0.0) <= bound:
             wrong.append(f"times, {name}: relative L2 distance {row['relative_l2']:.3g} from torch, bound {bound:.3g}")

@@ -86,7 +86,7 @@ BACKENDS = tuple(_LOADERS)
 
 
 @cache
-def backend(name: str, number: int = 0) -> Backend:
+def backend(name: str, number: int) -> Backend:
     """The backend of that name on its device of that number, imported when it is first asked for."""
     return _LOADERS[name](number)
 
@@ -125,7 +125,7 @@ def _refusals(kernel: Kernel, spec: FusionSpec, device: Any) -> tuple[str, ...]:
     return (*kernel.unsupported(spec), *kernel.lacking(device))
 
 
-def select(spec: FusionSpec, name: str, number: int = 0) -> Kernel:
+def select(spec: FusionSpec, name: str, number: int) -> Kernel:
     """The kernel of backend `name` that runs `spec`: the first in its table that can and is not slow at it.
 
     Where all that can are slow, the first of them.
@@ -143,7 +143,7 @@ def select(spec: FusionSpec, name: str, number: int = 0) -> Kernel:
 
 
 @lru_cache(maxsize=CACHED_CHOICES)
-def choose(spec: FusionSpec, name: str, number: int = 0) -> tuple[Kernel, Config]:
+def choose(spec: FusionSpec, name: str, number: int) -> tuple[Kernel, Config]:
     """The kernel that runs `spec` on a device of backend `name`, and how; remembered, as nothing else decides it."""
     kernel = select(spec, name, number)
     return kernel, kernel.plan(spec, backend(name, number).device)
@@ -296,8 +296,9 @@ def info(version: str) -> Info:
 
     libraries = {"python": sys.version.split()[0], "numpy": np.__version__}
     facts = libraries | cpu.facts() | gpu.facts()
-    unusable = {name: gpu.reasons_unusable() if name == "gpu" else backend(name).unusable for name in BACKENDS}
-    return Info(version, tuple(unusable.items()), facts)
+    unusable = {name: backend(name, 0).unusable for name in BACKENDS if name != "gpu"}
+    unusable["gpu"] = gpu.reasons_unusable()  # the current one's, as are the facts
+    return Info(version, tuple((name, unusable[name]) for name in BACKENDS), facts)
 
 
 def set_num_threads(count: int) -> None:
@@ -319,7 +320,7 @@ def _named(call: Call, requested: Any) -> str:
     return name
 
 
-def planned(judgement: Judgement, name: str, number: int = 0) -> tuple[Kernel, Config | None]:
+def planned(judgement: Judgement, name: str, number: int) -> tuple[Kernel, Config | None]:
     """As `choose`, but an empty result is not planned: a plan may take for granted that there is something to run."""
     if 0 in judgement.shape:
         return select(judgement.spec, name, number), None

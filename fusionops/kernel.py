@@ -117,7 +117,7 @@ class Kernel:
     plan(spec, device)  how it would run; pure
     run(spec, config, operands, out)   writes out; validates nothing, decides nothing
     replay(spec, config, strides)   a shorter way to run it again without weights, to the same bits; None: there is none
-    lacking(device)     every reason why a device cannot run it, whatever the spec
+    lacking(device)     every reason why a device cannot run it, whatever the spec; asked where the backend is usable
     """
 
     name: str

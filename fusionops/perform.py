@@ -42,7 +42,7 @@ _REPEATED: dict[tuple[Any, ...], Repeated | None] = {}  # None: calls of that ke
 def _repeated(call: Call, addresses: list[int], result: Any) -> Repeated | None:
     """How a call that has just run would run again, if there is a shorter way."""
     judgement, operands = call.judgement, call.operands
-    kernel, config = dispatch.planned(judgement, call.home)
+    kernel, config = dispatch.planned(judgement, call.home, 0)  # arrays of NumPy alone are sighted
     if config is None or judgement.spec.return_sum or (call.out is not None and call.target is None):
         return None
     target = result.reshape(judgement.spec.out_shape) if call.target is None else call.target

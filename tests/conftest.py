@@ -53,6 +53,11 @@ def why_no_detector() -> str | None:
     return "rapidocr-onnxruntime 1.4.4 excludes Python 3.13 and newer" if sys.version_info >= (3, 13) else None
 
 
+def why_no_cupy() -> str | None:
+    """Why stand-ins cannot be held to CuPy here; the test extra leaves open which of its wheels to install."""
+    return None if importlib.util.find_spec("cupy") else "CuPy is not installed"
+
+
 def why_no_torch() -> str | None:
     """Why the tests of what the GPU is timed against cannot run here; the test extra does not install it."""
     return None if importlib.util.find_spec("torch") else "torch is not installed"
@@ -63,6 +68,7 @@ NEEDS: dict[str, tuple[str, Callable[[], str | None]]] = {
     "gpu": ("CuPy and a CUDA device", lambda: why_no_gpu()),
     "omp": ("numba's OpenMP threads", lambda: why_no_pool("omppool")),
     "tbb": ("numba's TBB threads", lambda: why_no_pool("tbbpool")),
+    "cupy": ("CuPy, if without a driver", why_no_cupy),
     "torch": ("torch, on its CPU", why_no_torch),
     "detector": ("the trained text detector that an example opens", why_no_detector),
 }

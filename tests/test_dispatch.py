@@ -279,8 +279,8 @@ def test_where_vectors_are_narrow_fewer_tiles_are_worth_transformed_filters():
 def test_remembered_choice_is_the_choice():
     for source in (X, X.astype(np.float64)):
         call = bind_conv("add_conv", [source], F.astype(source.dtype))
-        kernel, _ = dispatch.choose(call.judgement.spec, "cpu")
-        assert kernel is dispatch.select(call.judgement.spec, "cpu")
+        kernel, _ = dispatch.choose(call.judgement.spec, "cpu", 0)
+        assert kernel is dispatch.select(call.judgement.spec, "cpu", 0)
 
 
 # Reports
@@ -339,7 +339,7 @@ def test_info_names_every_backend_and_the_version():
     report = fo.info()
     assert report.version == fo.__version__
     unusable = dict(report.backends)
-    assert unusable == {"cpu": (), "gpu": dispatch.backend("gpu").unusable, "reference": ()}
+    assert unusable == {"cpu": (), "gpu": dispatch.backend("gpu", 0).unusable, "reference": ()}
     lines = str(report).splitlines()
     assert lines[0].split() == ["fusionops", fo.__version__]
     assert [line.split()[:2] for line in lines[1:4]] == [
@@ -379,4 +379,4 @@ def test_warmup_tells_how_far_it_is(monkeypatch):
 def test_equal_specs_are_one_choice():
     one, other = (FusionSpec(Merge.ADD, (SourceSpec((2, 3), "float32"),)) for _ in range(2))
     assert one is not other
-    assert dispatch.choose(one, "cpu")[1] is dispatch.choose(other, "cpu")[1]
+    assert dispatch.choose(one, "cpu", 0)[1] is dispatch.choose(other, "cpu", 0)[1]

@@ -277,7 +277,8 @@ def test_a_sanitizer_runs_where_it_is_installed(monkeypatch, tmp_path, installed
     found = gpu_check.run_stage(("kernels", "memcheck"), time.time(), tmp_path)
     assert [part.name for part in started] == parts
     if installed:
-        assert started[1].prefix[:5] == (installed, "--tool", "memcheck", "--error-exitcode", "9")
+        assert started[1].prefix[:7] == (
+            installed, "--tool", "memcheck", "--report-api-errors", "no", "--error-exitcode", "9")  # fmt: skip
     else:
         assert found == {"memcheck": {"note": "compute-sanitizer is not installed"}}
         assert gpu_check.wrong({"errors": {}, "parts": found}) == []

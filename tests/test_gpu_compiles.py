@@ -52,6 +52,7 @@ def test_the_kernels_that_check_primitives_on_a_device_compile(source, names, ar
     assert set(kernels) == set(names)
 
 
+@pytest.mark.cupy
 @pytest.mark.parametrize(("source", "arch"), [(source, arch[3:5]) for source, arch in CASES])
 def test_cupy_compiles_them_with_the_options_it_adds(monkeypatch, source, arch):
     """-ftz=true and its own -arch behind ours; it would ask the driver for the architecture, which is not here."""

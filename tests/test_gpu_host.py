@@ -100,6 +100,7 @@ def test_a_capability_has_two_parts(monkeypatch):
     assert host.device().capability == (12, 0)
 
 
+@pytest.mark.cupy
 def test_stand_ins_offer_nothing_that_cupy_has_not():
     """CuPy is installed, if without a driver."""
     import cupy as real

@@ -70,7 +70,7 @@ def test_every_kind_of_layer_is_timed():
 
 @pytest.mark.parametrize("row", SMALL, ids=str)
 def test_the_materialised_way_computes_the_same(row, monkeypatch):
-    monkeypatch.setattr(gpu_times, "has_torch", lambda: False)
+    monkeypatch.setattr(gpu_times, "without_torch", lambda: "it is left out")
     facts = gpu_times.time_row(row)
     stores = len(row.layer.channels) > 1 or row.layer.residual
     assert ("materialised_ms" in facts) == stores
@@ -132,6 +132,27 @@ def test_a_result_that_is_not_torchs_is_noticed(monkeypatch):
 
 
 @pytest.mark.torch
+def test_figures_of_fusionops_outlive_an_error_of_torch(monkeypatch):
+    def fail(row):
+        raise RuntimeError("CUDNN_STATUS_NOT_SUPPORTED")
+
+    monkeypatch.setattr(gpu_times, "torch_call", fail)
+    facts = gpu_times.time_row(SMALL[0])
+    assert facts["fused_ms"] == 2.0
+    assert gpu_times.wrong_rows({"a row": facts}) == [
+        "times, a row: torch failed: RuntimeError: CUDNN_STATUS_NOT_SUPPORTED"
+    ]
+
+
+def test_without_a_compiler_nothing_is_compiled(monkeypatch):
+    monkeypatch.setattr(gpu_times, "without_torch", lambda: None)
+    monkeypatch.setattr(gpu_times, "without_compiled", lambda: "there is no C compiler")
+    assert gpu_times.compiled() == []
+    monkeypatch.setattr(gpu_times, "without_compiled", lambda: None)
+    assert len(gpu_times.compiled()) == len(list(gpu_times.rows()))
+
+
+@pytest.mark.torch
 def test_bfloat16_reaches_torch():
     array = gpu_times.numbers((3, 700), "bfloat16", 1)
     found = gpu_times.tensor(array)
@@ -180,8 +201,8 @@ def test_times_are_the_devices(monkeypatch):
 
 
 def test_without_torch_the_report_says_so(monkeypatch):
-    monkeypatch.setattr(gpu_times, "has_torch", lambda: False)
-    assert gpu_times.prepare()["torch"] == "torch is not installed"
+    monkeypatch.setattr(gpu_times, "without_torch", lambda: "it is left out")
+    assert gpu_times.prepare()["torch"] == "it is left out"
     assert gpu_times.compiled() == []
     assert len(gpu_times.timed()) == 6 + len(list(gpu_times.rows()))
 

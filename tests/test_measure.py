@@ -52,6 +52,15 @@ def test_differences_sees_one_bit_and_what_was_not_written():
     assert "add materialised: some results were never written" in measure.differences(arms(nothing))
 
 
+@pytest.mark.parametrize("workload", [workload for workload in WORKLOADS.values() if workload.residual is not None][:1])
+def test_a_residual_of_narrow_numbers_may_be_added_to_rounded_ones(workload):
+    """But to nothing further off."""
+    arms = measure.arms(build(replace(workload, dtype="float16"), normal_numbers()))
+    assert measure.differences(arms) == []
+    spoiled = [replace(arm, run=lambda: arms[0].out.fill(1)) if arm.way == MATERIALISED else arm for arm in arms]
+    assert len(measure.differences(spoiled)) == len(spoiled) // 2
+
+
 def test_traced_peak_is_what_a_call_allocates():
     kept = []
     size = 5 * MIB

@@ -279,7 +279,7 @@ def test_small_call_stays_within_its_budget(monkeypatch, options, budget):
 
     x, y, matrix, bias, out = full(1, 32), full(1, 32), full(64, 64), full(64), full(1, 64)
     spec = bind_dense("concat_dense", [x, y], matrix, bias, activation="relu").judgement.spec
-    _, config = dispatch.choose(spec, "cpu")
+    _, config = dispatch.choose(spec, "cpu", 0)
     nothing = Kernel("cpu.nothing", lambda spec: (), lambda spec, device: config, lambda *args: None,
                      replay=lambda *args: lambda *args: None)  # fmt: skip
     idle = Backend("cpu", (nothing,), None, (), lambda: 1)

@@ -31,7 +31,10 @@ from fusionops.cpu.transpose import stack_words
 # Of a tile. Register tiles took 1.3 to 4 times as long for 20 pixels and 512, 1300, 2048 channels with 1024, 2600, 4096
 # filters, and 0.86 to 1.02 of the time for 32.
 MOST_PIXELS = 24
-PIXELS_AT_ONCE, REST = 4, (2, 1)  # 2 at once took 1.02 of the time
+PIXELS_AT_ONCE = 4  # 2 took 1.02 of the time
+# What remains is added two and one at a time, and loads the filters as it goes: kept for so few, some are spilled, and
+# one row took 1.05 to 1.2 times as long (AVX2).
+REST = (2, 1)
 # At a time: sums are read and written once for as many rows of filters, which a quarter of the registers hold. With 16
 # instead of 8 the lines asked for ahead no longer fit L1: 1.1 times as long over ten dense layers of 1 to 24 rows.
 CHANNELS = min(8, target().vector_registers * target().vector_bytes // 128)
@@ -64,6 +67,7 @@ def add_outer_products(typing, bits, channels, rows, a, a_step, row, row_step, c
             later = b.select(b.icmp_signed("<", later, length), later, b.add(ahead, b.sub(later, length)))
             for start in starts:
                 lanes.prefetch(lanes.pointer(b.add(start, later)), level=1)
+
             def load(start: ir.Value) -> ir.Value:
                 return lanes.load_part(lanes.pointer(b.add(start, place)), tail)
 

@@ -93,7 +93,10 @@ class CupyRuntime:
         if made is None:
             options = FLAGS + ARCHITECTURES.get(source, ())
             module = self.arrays.RawModule(code=read_source(source), options=options, name_expressions=(name,))
-            made = self._functions[key] = module.get_function(name)
+            try:
+                made = self._functions[key] = module.get_function(name)
+            except self.arrays.cuda.compiler.CompileException as error:
+                raise BackendError(f"{name} of {source} cannot be compiled for this GPU: {error}") from error
         return made
 
     def address(self, array: Any) -> int:
