@@ -8,7 +8,8 @@ from types import FunctionType, SimpleNamespace
 
 import pytest
 
-from fusionops.gpu import host
+from fusionops.errors import BackendError
+from fusionops.gpu import host, module
 
 
 class CUDARuntimeError(RuntimeError):
@@ -98,6 +99,25 @@ def test_a_usable_gpu_is_described(monkeypatch):
 def test_a_capability_has_two_parts(monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", cupy(capability=(12, 0)))
     assert host.device().capability == (12, 0)
+
+
+def test_a_kernel_that_does_not_compile_is_named(monkeypatch):
+    class CompileException(Exception):  # CuPy's is no RuntimeError either
+        pass
+
+    class Module:
+        def __init__(self, **options):
+            pass
+
+        def get_function(self, name):
+            raise CompileException("line 7: error: identifier is undefined")
+
+    cuda = SimpleNamespace(
+        runtime=SimpleNamespace(getDevice=lambda: 0), compiler=SimpleNamespace(CompileException=CompileException)
+    )
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=cuda, RawModule=Module))
+    with pytest.raises(BackendError, match=r"an_add<float> of stream\.cu cannot be compiled .* line 7: error"):
+        module.CupyRuntime().function("stream.cu", "an_add<float>")
 
 
 @pytest.mark.cupy

@@ -83,8 +83,8 @@ def differences(compared: Sequence[Arm]) -> list[str]:
 
     A materialised way has the bits of the fused one. Excepted is a kernel that multiplies before it upsamples: it may
     round a stored map's products otherwise, as docs/numerics.md says. So may another backend, and a way that stores
-    narrow numbers before it adds a residual. Both results then lie
-    within the error promised, hence within twice that of one another.
+    narrow numbers before it adds a residual. Both results then lie within the error promised, hence within twice that
+    of one another.
     """
     found = []
     fused: dict[tuple[str, Merge], Array] = {}

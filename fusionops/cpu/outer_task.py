@@ -33,7 +33,7 @@ from fusionops.cpu.transpose import stack_words
 MOST_PIXELS = 24
 PIXELS_AT_ONCE = 4  # 2 took 1.02 of the time
 # What remains is added two and one at a time, and loads the filters as it goes: kept for so few, some are spilled, and
-# one row took 1.05 to 1.2 times as long (AVX2).
+# one row took 1.0 to 1.2 times as long (AVX2).
 REST = (2, 1)
 # At a time: sums are read and written once for as many rows of filters, which a quarter of the registers hold. With 16
 # instead of 8 the lines asked for ahead no longer fit L1: 1.1 times as long over ten dense layers of 1 to 24 rows.
