@@ -6,6 +6,7 @@ import subprocess
 import sys
 from types import FunctionType, SimpleNamespace
 
+import numpy as np
 import pytest
 
 from fusionops.errors import BackendError
@@ -118,6 +119,9 @@ def test_a_kernel_that_does_not_compile_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=cuda, RawModule=Module))
     with pytest.raises(BackendError, match=r"an_add<float> of stream\.cu cannot be compiled .* line 7: error"):
         module.CupyRuntime().function("stream.cu", "an_add<float>")
+    with module.use(module.CupyRuntime()), pytest.raises(BackendError) as caught:
+        module.launch("stream.cu", "an_add<float>", (1,), 32, np.zeros(1))
+    assert "an earlier kernel" not in str(caught.value)
 
 
 @pytest.mark.cupy

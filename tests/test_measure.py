@@ -52,6 +52,26 @@ def test_differences_sees_one_bit_and_what_was_not_written():
     assert "add materialised: some results were never written" in measure.differences(arms(nothing))
 
 
+def test_what_fails_on_a_gpu_is_known_by_its_arm():
+    """An error of CUDA; a refusal, and whatever happens on the CPU, stay what they are."""
+
+    def fail(error):
+        def run():
+            raise error
+
+        return run
+
+    for backend, error, expected in (
+        ("gpu", RuntimeError("an illegal address"), "add fused failed on the GPU: an illegal address"),
+        ("gpu", fo.UnsupportedError("no kernel"), "^no kernel"),
+        ("cpu", RuntimeError("out of stack"), "^out of stack"),
+    ):
+        arm = Arm(ADD, FUSED, fail(error), np.zeros(3, np.float32), "", None, backend)
+        with pytest.raises(RuntimeError, match=expected) as caught:
+            measure.differences([arm])
+        assert isinstance(caught.value, fo.BackendError) == ("failed on the GPU" in expected)
+
+
 @pytest.mark.parametrize("workload", [workload for workload in WORKLOADS.values() if workload.residual is not None][:1])
 def test_a_residual_of_narrow_numbers_may_be_added_to_rounded_ones(workload):
     """But to nothing further off."""

@@ -146,6 +146,8 @@ def launch(
         function(grid, (block,), (params,), shared_mem=shared_bytes)
         if waits:
             runtime().wait()
+    except BackendError:  # explained already
+        raise
     except RuntimeError as error:  # CuPy's errors of CUDA are such
         hint = "" if waits else "\nhint: an earlier kernel may be to blame; FUSIONOPS_SYNC=1 in the environment tells"
         raise BackendError(f"{name} failed on {grid} blocks of {block} threads: {error}{hint}") from error
