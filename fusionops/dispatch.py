@@ -18,7 +18,7 @@ import numpy as np
 from fusionops.binding import Call, Judgement, bind_backend, borrow_with, judge_backend
 from fusionops.cost import FusedCost, analyse
 from fusionops.errors import BackendError, UnsupportedError
-from fusionops.kernel import Array, Config, Kernel, Operands
+from fusionops.kernel import Array, Config, Guards, Kernel, Operands
 from fusionops.spec import ITEM_BYTES, FusionSpec
 
 # Choices that are remembered, one for each different problem.
@@ -35,6 +35,7 @@ class Backend:
     threads    how many work on a call, each with scratch memory of its own
     empty      makes an array of a shape and dtype, for a result
     on_device_of   the context of an array, in which results are made and kernels run where it is
+    guards     makes what remembers calls, of one kind each; None where calls are not made again
     """
 
     name: str
@@ -44,6 +45,7 @@ class Backend:
     threads: Callable[[], int]
     empty: Callable[..., Array] = np.empty
     on_device_of: Callable[[Array], AbstractContextManager[Any]] = nullcontext
+    guards: Callable[[], Guards] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +62,7 @@ class ReferenceConfig:
 def _cpu(number: int) -> Backend:
     from fusionops import cpu
 
-    return Backend("cpu", cpu.KERNELS, cpu.device(), cpu.reasons_unusable(), cpu.get_num_threads)
+    return Backend("cpu", cpu.KERNELS, cpu.device(), cpu.reasons_unusable(), cpu.get_num_threads, guards=cpu.GUARDS)
 
 
 def _gpu(number: int) -> Backend:

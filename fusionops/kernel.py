@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -102,9 +103,56 @@ class Operands:
         return Strides(tuple([source.strides for source in self.sources]), filters, residual, out.strides)
 
 
-# A call made again with other arrays of the same strides: their addresses (sources, what there is of filters that are
-# an array, bias and residual, out), and filters that are packed once.
-Replay = Callable[[Sequence[int], Filters | None], None]
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """How a call without weights is made again, with other arrays of the same layouts.
+
+    words    the block that describes it, but for addresses
+    places   words of the addresses: of sources, what there is of filters that are an array, bias and residual, of out
+    launch(words, filters)   runs the call that a block describes; with filters that are packed once, or None
+    """
+
+    words: array[int]
+    places: tuple[int, ...]
+    launch: Callable[[array[int], Filters | None], None]
+
+
+class Reach(NamedTuple):
+    """Between which bytes from its address on an array lies, from the first to behind the last.
+
+    alike   whether each element of the output may be written to the one at the same place of this array
+    """
+
+    low: int
+    high: int
+    alike: bool
+
+
+class Reaches(NamedTuple):
+    """What a call needs of its arrays' addresses: multiples of `alignment`, and `out` apart from the inputs."""
+
+    inputs: tuple[Reach, ...]
+    out: Reach
+    alignment: int
+
+
+NEW, JUDGED = -1, -2  # of arrays: of a call that was not made before; of one that is judged each time
+
+
+class Guards(Protocol):
+    """What a backend remembers of calls that differ in their arrays alone.
+
+    add(arrays, has_out, reaches, replay, kept)   keeps a call; the output first of the arrays, where it is one of them
+    find(arrays)   what was kept of the call whose arrays looked like these, with its block for them; or NEW or JUDGED
+    """
+
+    def add(
+        self, arrays: Sequence[Array], has_out: bool, reaches: Reaches | None, replay: Replay | None, kept: Any
+    ) -> None: ...
+
+    def find(self, arrays: list[Array]) -> tuple[Any, array[int]]: ...
+
+    def __len__(self) -> int: ...
 
 
 @dataclass(frozen=True)

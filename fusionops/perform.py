@@ -1,11 +1,13 @@
 """An op from its arguments to its result: bound and run, or run again as it was run before.
 
 A call like one that was made before, without copies, is neither judged nor planned again: its arrays' addresses go into
-the block that its kernel then reads. `binding` tells calls apart and says which may do that, `dispatch` has chosen.
+the block that its kernel then reads. `binding` says which calls may do that and what their arrays must be like, the
+backend's guards tell whether they are, `dispatch` has chosen.
 """
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,47 +16,51 @@ import numpy as np
 
 from fusionops import dispatch
 from fusionops.address import address
-from fusionops.binding import Call, Reaches, admits, reaches, sight
-from fusionops.kernel import Replay
+from fusionops.binding import Call, reaches, sight
+from fusionops.kernel import NEW, Array, Filters, Guards
 
-KEPT = 1024  # keys that are remembered: a network has at most some hundred
+KEPT = 1024  # calls that are remembered: a network has at most some hundred
 
 
 @dataclass(frozen=True, slots=True)
 class Repeated:
-    """How calls of one key run again.
+    """How calls with equal keys and arrays that look the same run again.
 
     shape, dtype   of the result as the caller sees it
+    place          of the block's words that is for the result's address
     is_kept        whether the filters are packed once
     """
 
-    reaches: Reaches
-    replay: Replay
+    launch: Callable[[array[int], Filters | None], None]
     shape: tuple[int, ...]
     dtype: Any
+    place: int
     is_kept: bool
 
 
-_NEW = object()  # a key that was not seen
-_REPEATED: dict[tuple[Any, ...], Repeated | None] = {}  # None: calls of that key are judged each time
+_REPEATED: dict[tuple[Any, ...], Guards] = {}
 
 
-def _repeated(call: Call, addresses: list[int], result: Any) -> Repeated | None:
-    """How a call that has just run would run again, if there is a shorter way."""
-    judgement, operands = call.judgement, call.operands
-    kernel, config = dispatch.planned(judgement, call.home, 0)  # arrays of NumPy alone are sighted
-    if config is None or judgement.spec.return_sum or (call.out is not None and call.target is None):
-        return None
-    target = result.reshape(judgement.spec.out_shape) if call.target is None else call.target
-    if call.out is None:
-        addresses = [*addresses, address(result)]
-    known = reaches(call, target, addresses)
-    if known is None:
-        return None
-    replay = kernel.replay(judgement.spec, config, operands.strides(target))
-    if replay is None:
-        return None
-    return Repeated(known, replay, judgement.shape, judgement.dtype, operands.kept_filters is not None)
+def _remember(key: tuple[Any, ...], call: Call, arrays: list[Array], result: Any) -> None:
+    """Keeps how a call that has just run would run again; that it is judged each time, if there is no shorter way."""
+    make = dispatch.backend("cpu", 0).guards  # arrays of NumPy alone are sighted
+    if make is None:
+        return
+    if sum(map(len, _REPEATED.values())) >= KEPT:
+        _REPEATED.clear()
+    guards = _REPEATED.setdefault(key, make())
+    judgement, operands, has_out = call.judgement, call.operands, call.out is not None
+    kernel, config = dispatch.planned(judgement, call.home, 0)
+    if config is not None and not judgement.spec.return_sum and not (has_out and call.target is None):
+        target = result.reshape(judgement.spec.out_shape) if call.target is None else call.target
+        known = reaches(call, target, arrays[has_out:])
+        replay = kernel.replay(judgement.spec, config, operands.strides(target)) if known is not None else None
+        if known is not None and replay is not None:
+            is_kept = operands.kept_filters is not None
+            repeated = Repeated(replay.launch, judgement.shape, judgement.dtype, replay.places[-1], is_kept)
+            guards.add(arrays, has_out, known, replay, repeated)
+            return
+    guards.add(arrays, has_out, None, None, None)
 
 
 def perform(
@@ -73,20 +79,19 @@ def perform(
     sighted = sight(op, sources, others, out, options) if requested is None else None
     if sighted is None:
         return dispatch.run(bind(op, sources, *others, out=out, **options), requested)
-    key, addresses = sighted
-    known = _REPEATED.get(key, _NEW)
-    if type(known) is Repeated:
-        result = out
-        if out is None:
-            result = np.empty(known.shape, known.dtype)
-            addresses.append(address(result))
-        if admits(known.reaches, addresses):
-            known.replay(addresses, others[0] if known.is_kept else None)
+    key, arrays = sighted
+    guards, known = _REPEATED.get(key), NEW
+    if guards is not None:
+        known, block = guards.find(arrays)
+        if type(known) is Repeated:
+            result = out
+            if out is None:
+                result = np.empty(known.shape, known.dtype)
+                block[known.place] = address(result)
+            known.launch(block, others[0] if known.is_kept else None)
             return result
     call = bind(op, sources, *others, out=out, **options)
     result = dispatch.run(call, None)
-    if known is _NEW and not call.copies:  # which the next of that key may not need
-        if len(_REPEATED) >= KEPT:
-            _REPEATED.clear()
-        _REPEATED[key] = _repeated(call, addresses, result)
+    if known == NEW and not call.copies:  # which the next of that kind may not need
+        _remember(key, call, arrays, result)
     return result

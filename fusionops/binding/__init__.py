@@ -12,15 +12,13 @@ from fusionops.binding.dense import bind_dense
 from fusionops.binding.filters import bind_filters
 from fusionops.binding.merge import bind_merge
 from fusionops.binding.options import bind_backend, bind_op, bind_threads
-from fusionops.binding.repeated import Reaches, admits, reaches, sight
+from fusionops.binding.repeated import reaches, sight
 from fusionops.binding.sources import Source
 
 __all__ = [
     "Call",
     "Judgement",
-    "Reaches",
     "Source",
-    "admits",
     "bind_backend",
     "bind_conv",
     "bind_dense",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from fusionops.address import headers_are_known
 from fusionops.cpu import amx, commuted, depthwise, direct, gemm, grouped, stream, winograd
+from fusionops.cpu.guard import Guards
 from fusionops.cpu.host import device, facts, reasons_unusable, warmup
 from fusionops.cpu.probe import copy_bandwidth, fma_peak
 from fusionops.cpu.threads import get_num_threads, set_num_threads
@@ -18,7 +20,10 @@ KERNELS = (
     *stream.KERNELS,
 )
 
+GUARDS = Guards if headers_are_known() else None  # they read arrays where `address` says
+
 __all__ = [
+    "GUARDS",
     "KERNELS",
     "copy_bandwidth",
     "device",

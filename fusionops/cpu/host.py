@@ -20,6 +20,7 @@ from fusionops.cpu import (
     epilogue,
     gemm_task,
     grouped,
+    guard,
     jit,
     outer_task,
     planes_task,
@@ -93,7 +94,7 @@ def warmup(progress: Callable[[int, int, str], None] | None = None) -> None:
 
     progress   called with (done, total, what comes next)
     """
-    steps: list[tuple[str, Callable[[], object]]] = [("threads", threads.prepare)]
+    steps: list[tuple[str, Callable[[], object]]] = [("threads", threads.prepare), ("guards", guard.prepare)]
     for name, form in FORMATS.items():
         for what, make in {
             "add": add_task.add_task,

@@ -151,11 +151,11 @@ def task(function: Callable[..., None]) -> int:
     return int(compiled.address)
 
 
-def entry(signature: Any, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compiles a function that Python calls, without the GIL while it runs."""
+def entry(signature: Any, function: Callable[..., Any], *, releases: bool = True) -> Callable[..., Any]:
+    """Compiles a function that Python calls; whether it releases the GIL while it runs."""
 
     def make(cache: bool) -> Callable[..., Any]:
-        made: Any = numba.njit(nogil=True, **OPTIONS)(function)
+        made: Any = numba.njit(nogil=releases, **OPTIONS)(function)
         if cache:
             made._cache = _MachineCode(function)
         made.compile(signature)

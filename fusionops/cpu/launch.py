@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import math
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,13 +71,6 @@ class Prepared:
     tasks: int
     flops_per_task: float
     slot_bytes: int
-
-    def replay(self, addresses: Sequence[int], filters: Filters | None) -> None:
-        """Runs a call without weights."""
-        words = self.words[:]
-        for place, start in zip(self.places, addresses, strict=True):
-            words[place] = start
-        self.launch(words, filters)
 
     def launch(self, words: array[int], filters: Filters | None) -> None:
         """Runs the call that the words describe."""
@@ -173,10 +166,11 @@ def run(algorithm: Algorithm, spec: FusionSpec, tiling: Tiling, operands: Operan
 
 
 def replay(algorithm: Algorithm, spec: FusionSpec, tiling: Tiling, strides: kernel.Strides) -> kernel.Replay | None:
-    """`run` without weights, from addresses; None where something has to be written or converted first."""
+    """`run` without weights, made again; None where something has to be written or converted first."""
     if spec.return_sum or (FORMATS[spec.dtype].is_narrow and spec.bias):
         return None
-    return prepare(algorithm, spec, tiling, *strides).replay
+    prepared = prepare(algorithm, spec, tiling, *strides)
+    return kernel.Replay(prepared.words, prepared.places, prepared.launch)
 
 
 def _kept(algorithm: Algorithm, spec: FusionSpec, tiling: Tiling, filters: Filters) -> Area:

@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import math
 from array import array
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,7 +142,7 @@ def run_add(spec: FusionSpec, config: StreamConfig, operands: Operands, out: np.
 
 
 def replay_add(spec: FusionSpec, config: StreamConfig, strides: kernel.Strides) -> Replay | None:
-    """`run_add` without weights, from addresses."""
+    """`run_add` without weights, made again."""
     fixed, tasks = add_block(spec, config, strides.sources, strides.out)
     form = FORMATS[spec.dtype]
     first, size = HEAD + fixed[1], operand_words(fixed[1])
@@ -151,14 +150,11 @@ def replay_add(spec: FusionSpec, config: StreamConfig, strides: kernel.Strides) 
     return _replay(add_task(form.bits, form.stored), fixed, tasks, places, config.flops)
 
 
-def _replay(task: int, fixed: array[int], tasks: int, places: list[int], flops: float) -> Replay:
-    def replay(addresses: Sequence[int], filters: Filters | None) -> None:
-        words = fixed[:]
-        for place, start in zip(places, addresses):  # noqa: B905  there are as many: 0.2 µs
-            words[place] = start
+def _replay(task: int, words: array[int], tasks: int, places: list[int], flops: float) -> Replay:
+    def launch(words: array[int], filters: Filters | None) -> None:
         threads.parallel_for(task, words.buffer_info()[0], tasks, threads.get_num_threads(), flops)
 
-    return replay
+    return Replay(words, tuple(places), launch)
 
 
 def run_add_any(spec: FusionSpec, config: StreamConfig, operands: Operands, out: np.ndarray[Any, Any]) -> None:
@@ -257,7 +253,7 @@ def run_concat(spec: FusionSpec, config: StreamConfig, operands: Operands, out: 
 
 
 def replay_concat(spec: FusionSpec, config: StreamConfig, strides: kernel.Strides) -> Replay | None:
-    """`run_concat` from addresses, where all sources are copied by tasks."""
+    """`run_concat` made again, where all sources are copied by tasks."""
     plan = concat_plan(spec, config, strides.sources, strides.out)
     if plan.copied != tuple(range(len(spec.sources))):
         return None
