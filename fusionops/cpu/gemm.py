@@ -27,6 +27,7 @@ from fusionops.cpu.tiling import (
     balanced,
     choose_register_tile,
     enough_parts,
+    even_tile,
     whole_lines,
 )
 from fusionops.device import CpuDevice
@@ -176,6 +177,8 @@ def plan(spec: FusionSpec, device: CpuDevice) -> GemmTiling:
     tile_p = balanced(P, max(1, wanted // tile_q))
     tiles = conv2d.groups * -(-P // tile_p) * -(-Q // tile_q) * (1 if is_flat else spec.N)
     task_blocks = enough_parts(blocks, task_blocks, tiles)
+    if task is Task.TILES and is_flat:
+        tile_q = even_tile(Q, tile_q, mr, conv2d.groups * -(-blocks // task_blocks))
     while True:
         tiling = GemmTiling(
             bits=8 * item, mr=mr, nv=nv, depth=depth, chunks=-(-channels // depth), blocks=blocks,

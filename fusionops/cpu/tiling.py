@@ -32,6 +32,12 @@ TASK_FILTERS = 256
 # 4×4, 7×7 and 14×14 maps of 128 and 256 channels took 1.5 to 1.9 times as long (2 cores); 2, 4 and 8 differed by less
 # than the noise.
 ENOUGH_TASKS = 4
+# Tasks are cut so that so many cores have the same to do. Fixed numbers: plans do not depend on the number of threads.
+CORES = (2, 4)
+# From so many tasks on little is waited for: a sixteenth at most. With fewer, tiles that make up for it (8 tasks for 7,
+# 16 for 13, 32 for 27) took 0.90 to 1.01 of the time in fourteen 1×1 problems and 1.18 in one, where it was 0.82 in the
+# run before; geometric mean 0.97 (11 interleaved rounds, AVX2, 2 cores).
+MANY_TASKS = 32
 # Share of L2 for the filter chunk that all pixels of a tile are multiplied with; the tile itself takes about as much.
 FILTER_SHARE = 4
 # Tiles one vector wide load nearly as often as they multiply. Alone, in L1, one of 24×1 vectors reaches the FMA peak;
@@ -188,6 +194,27 @@ def enough_parts(blocks: int, task_blocks: int, tiles: int) -> int:
     """Filter blocks of a task: task_blocks, or fewer where `tiles` output tiles alone would leave cores idle."""
     parts = max(-(-blocks // task_blocks), min(blocks, -(-ENOUGH_TASKS // max(1, tiles))))
     return -(-blocks // parts)
+
+
+def even_tile(pixels: int, most: int, mr: int, parts: int) -> int:
+    """Pixels of a tile with which CORES compute and wait least, of equals the most: `most` or fewer, but over a half.
+
+    None of CORES takes longer than with tiles of `most`.
+
+    parts    tasks of a tile
+    """
+    fewest = -(-pixels // most)
+    if fewest * parts >= MANY_TASKS:
+        return most
+
+    def cost(tile: int) -> list[int]:
+        """Register tiles that each number of cores has time for, waiting included."""
+        tasks = -(-pixels // tile) * parts
+        return [-(-tasks // cores) * cores * -(-tile // mr) for cores in CORES]
+
+    longest = cost(most)
+    tiles = (-(-pixels // count) for count in range(fewest, 2 * fewest))
+    return min((tile for tile in tiles if all(map(int.__le__, cost(tile), longest))), key=lambda tile: sum(cost(tile)))
 
 
 def plan(spec: FusionSpec, device: CpuDevice, *, most_pixels: int | None = None) -> ConvTiling:

@@ -22,6 +22,7 @@ from fusionops.cpu.direct import common_reasons
 from fusionops.cpu.formats import FORMATS
 from fusionops.cpu.simd import VECTOR_BYTES
 from fusionops.cpu.tiling import (
+    CORES,
     SCRATCH_LIMIT,
     WORD_BYTES,
     Tiling,
@@ -91,8 +92,6 @@ TRANSFORM_FILTERS = 40
 # Outputs from so many bytes on are stored around the caches (decision 0003). Where L3 is near, 0.95 to 1.01 of the time
 # through them, in eight problems of 4 to 17 MiB of output.
 AROUND_BYTES = 1 << 22
-# Tasks are cut so that so many cores have the same to do. Fixed numbers: plans do not depend on the number of threads.
-CORES = (2, 4)
 # Widest strip: the patches of 8 tiles of 64 channels take 52 KiB. Strips of 4 and 16 took 0.97 to 1.05 times as long.
 RUN = 8
 LINE = 16  # elements of a cache line; kept between points so that they do not fall into the same sets of the caches
