@@ -1,13 +1,12 @@
 """Where NumPy and CPython keep what an array says of itself, read faster than they tell.
 
 Words of 8 bytes from the address of an object (its `id`) on, as the C APIs of both have them, which do not change: of
-an ndarray the data pointer, extents, strides, dtype and flags, of a list its items. Verified on live objects once.
+an ndarray the data pointer, extents, strides, dtype and flags, of a list its items. Verified on live objects at import.
 """
 
 from __future__ import annotations
 
 import ctypes
-import functools
 from typing import Any
 
 import numpy as np
@@ -28,9 +27,9 @@ def _read(word: int, count: int) -> list[int]:
     return [ctypes.c_ssize_t(_MEMORY[word + k]).value for k in range(count)]
 
 
-@functools.cache
-def headers_are_known() -> bool:
-    """Whether objects look as this module says; where they do not, slower public attributes are used."""
+def _headers_are_known() -> bool:
+    if _WORD != 8:
+        return False
     frozen = np.empty((4, 3), np.float64)[::-2]
     frozen.flags.writeable = False
     probes: list[np.ndarray[Any, Any]] = [
@@ -60,9 +59,10 @@ def headers_are_known() -> bool:
     return True
 
 
-_KNOWN = headers_are_known()
+# Whether objects look as this module says; where they do not, slower public attributes are used.
+HEADERS_ARE_KNOWN = _headers_are_known()
 
 
 def address(array: np.ndarray[Any, Any]) -> int:
     """The address of the first element."""
-    return _MEMORY[id(array) // _WORD + DATA] if _KNOWN else int(array.ctypes.data)
+    return _MEMORY[id(array) // _WORD + DATA] if HEADERS_ARE_KNOWN else int(array.ctypes.data)

@@ -16,13 +16,14 @@ import numpy as np
 
 from fusionops import dispatch
 from fusionops.address import address
-from fusionops.binding import Call, reaches, sight
+from fusionops.binding import Call, reaches, sight, with_own_dtypes
 from fusionops.kernel import NEW, Array, Filters, Guards
 
-KEPT = 1024  # calls that are remembered: a network has at most some hundred
+# Keys that are remembered, of which a network has some hundred; and calls of a key, which are compared one by one.
+KEPT, KEPT_OF_A_KEY = 1024, 16
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Repeated:
     """How calls with equal keys and arrays that look the same run again.
 
@@ -43,24 +44,26 @@ _REPEATED: dict[tuple[Any, ...], Guards] = {}
 
 def _remember(key: tuple[Any, ...], call: Call, arrays: list[Array], result: Any) -> None:
     """Keeps how a call that has just run would run again; that it is judged each time, if there is no shorter way."""
-    make = dispatch.backend("cpu", 0).guards  # arrays of NumPy alone are sighted
-    if make is None:
-        return
-    if sum(map(len, _REPEATED.values())) >= KEPT:
-        _REPEATED.clear()
-    guards = _REPEATED.setdefault(key, make())
     judgement, operands, has_out = call.judgement, call.operands, call.out is not None
+    make, own = dispatch.backend(call.home, 0).guards, with_own_dtypes(arrays)  # arrays of NumPy alone are sighted
+    if make is None or own is None:
+        return
+    if len(_REPEATED) >= KEPT:
+        _REPEATED.clear()
+    guards = _REPEATED.get(key)
+    if guards is None or len(guards) >= KEPT_OF_A_KEY:
+        _REPEATED[key] = guards = make()
     kernel, config = dispatch.planned(judgement, call.home, 0)
-    if config is not None and not judgement.spec.return_sum and not (has_out and call.target is None):
+    if config is not None and not judgement.spec.return_sum:
         target = result.reshape(judgement.spec.out_shape) if call.target is None else call.target
-        known = reaches(call, target, arrays[has_out:])
+        known = reaches(call, target, own[has_out:])
         replay = kernel.replay(judgement.spec, config, operands.strides(target)) if known is not None else None
         if known is not None and replay is not None:
             is_kept = operands.kept_filters is not None
             repeated = Repeated(replay.launch, judgement.shape, judgement.dtype, replay.places[-1], is_kept)
-            guards.add(arrays, has_out, known, replay, repeated)
+            guards.add(own, has_out, known, replay, repeated)
             return
-    guards.add(arrays, has_out, None, None, None)
+    guards.add(own, has_out, None, None, None)
 
 
 def perform(
@@ -83,6 +86,8 @@ def perform(
     guards, known = _REPEATED.get(key), NEW
     if guards is not None:
         known, block = guards.find(arrays)
+        if known == NEW and (own := with_own_dtypes(arrays)) is not None:
+            known, block = guards.find(own)
         if type(known) is Repeated:
             result = out
             if out is None:

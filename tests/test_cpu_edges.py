@@ -7,12 +7,14 @@ import threading
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import fusionops as fo
 from fusionops import dispatch, perform
 from fusionops.address import address
 from fusionops.cpu import amx, commuted, device, gemm, jit, outer_task, stream, threads
-from fusionops.cpu.tiling import SCRATCH_LIMIT, plan
+from fusionops.cpu.tiling import CORES, MANY_TASKS, SCRATCH_LIMIT, balanced, even_tile, plan
 from fusionops.device import AVX2_LAPTOP, AVX512_SERVER, CPU_PROFILES, CpuDevice
 from fusionops.problems import conv
 from fusionops.spec import FusionSpec, Merge, SourceSpec
@@ -268,3 +270,34 @@ def test_bands_of_products_do_not_change_bits(layout, band_bytes, monkeypatch):
     whole = run()
     monkeypatch.setattr(commuted, "BAND_BYTES", band_bytes)
     np.testing.assert_array_equal(run(), whole)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "limit", "mr", "parts", "tile"),
+    [
+        (432, 66, 6, 1, 54),  # 8 tasks for 7
+        (3136, 246, 6, 1, 196),  # 16 for 13
+        (3136, 246, 14, 1, 196),
+        (196, 66, 6, 2, 66),  # 8 tasks would take two cores longer
+        (10000, 256, 6, 1, 250),  # many tasks stay as they are
+        (5, 256, 6, 4, 5),
+        (1, 6, 6, 1, 1),
+    ],
+)
+def test_tiles_of_products_are_cut_so_that_cores_wait_least(pixels, limit, mr, parts, tile):
+    assert even_tile(pixels, balanced(pixels, limit), mr, parts) == tile
+
+
+@given(st.integers(1, 5000), st.integers(1, 300), st.integers(1, 24), st.integers(1, 40))
+def test_no_number_of_cores_takes_longer_with_tiles_cut_for_it(pixels, limit, mr, parts):
+    most = balanced(pixels, limit)
+    tile = even_tile(pixels, most, mr, parts)
+    assert 1 <= tile <= most
+    for cores in CORES:
+
+        def rounds(extent: int, cores: int = cores) -> int:
+            tasks = -(-pixels // extent) * parts
+            return -(-tasks // cores) * -(-extent // mr)
+
+        assert rounds(tile) <= rounds(most)
+    assert tile == most or -(-pixels // most) * parts < MANY_TASKS

@@ -12,7 +12,7 @@ from fusionops.binding.dense import bind_dense
 from fusionops.binding.filters import bind_filters
 from fusionops.binding.merge import bind_merge
 from fusionops.binding.options import bind_backend, bind_op, bind_threads
-from fusionops.binding.repeated import reaches, sight
+from fusionops.binding.repeated import reaches, sight, with_own_dtypes
 from fusionops.binding.sources import Source
 
 __all__ = [
@@ -30,4 +30,5 @@ __all__ = [
     "judge_backend",
     "reaches",
     "sight",
+    "with_own_dtypes",
 ]

@@ -33,7 +33,8 @@ def sight(
 
     others   filters, bias and residual, where the op has them; None where there are none
 
-    In the key each argument has a place of its own: what kind of array it is, or that there is none.
+    In the key each argument has a place of its own: what kind of array it is, or that there is none. The shape of the
+    first source is there too: of a network's calls of one kind few share it.
     """
     if (type(sources) is not list and type(sources) is not tuple) or (out is not None and type(out) is not _ndarray):
         return None
@@ -45,13 +46,16 @@ def sight(
         types = tuple([repr(value) if type(value) is tuple else type(value) for value in values])
     kinds: list[Any] = [*map(type, sources)]
     arrays: list[Array] = [*sources] if out is None else [out, *sources]
+    start = len(arrays) - len(kinds)
     if kinds.count(_ndarray) < len(kinds):
-        first = len(arrays) - len(kinds)
         for i, source in enumerate(sources):
             if type(source) is Source and type(source.array) is _ndarray and is_upsampled_alone(source):
-                kinds[i], arrays[first + i] = source.upsample, source.array
+                kinds[i], arrays[start + i] = source.upsample, source.array
             elif type(source) is not _ndarray:
                 return None
+    if not kinds:
+        return None
+    first = arrays[start]
     for other in others:
         if type(other) is _ndarray:
             kinds.append(_ndarray)
@@ -62,7 +66,7 @@ def sight(
             kinds.append(other.kind)
         else:
             return None
-    return (op, values, types, out is None, len(sources), *kinds), arrays
+    return (op, values, types, first.shape, out is None, len(sources), *kinds), arrays
 
 
 def _is_exact(value: Any) -> bool:
@@ -70,6 +74,17 @@ def _is_exact(value: Any) -> bool:
     return type(value) is tuple and all(
         type(item) in _COMPARED or type(item) in _NUMBERS or _is_exact(item) for item in value
     )
+
+
+def with_own_dtypes(arrays: list[Array]) -> list[Array] | None:
+    """The arrays with the dtype objects that NumPy has one of each; None where one has a dtype of no such kind.
+
+    What tells calls apart compares objects, and unpickled arrays have equal dtypes of their own.
+    """
+    own = [np.dtype(array.dtype.type) for array in arrays]
+    if any(dtype != array.dtype for dtype, array in zip(own, arrays, strict=True)):
+        return None
+    return [array if dtype is array.dtype else array.view(dtype) for dtype, array in zip(own, arrays, strict=True)]
 
 
 def reaches(call: Call, target: Array, sighted: list[Array]) -> Reaches | None:
@@ -80,7 +95,7 @@ def reaches(call: Call, target: Array, sighted: list[Array]) -> Reaches | None:
     judgement, operands = call.judgement, call.operands
     *inputs, _ = arrays = operands.arrays(target)
     alignments = {array.dtype.alignment for array in arrays}
-    if call.home != "cpu" or call.copies or call.returns is not None or judgement.mixed or len(alignments) > 1:
+    if call.home != "cpu" or call.returns is not None or judgement.mixed or len(alignments) > 1:
         return None
     numbers = (operands.residual_weight, *operands.weights, *operands.scales, *operands.shifts)
     if any(number is not None for number in numbers) or [*map(address, inputs)] != [*map(address, sighted)]:
@@ -90,7 +105,9 @@ def reaches(call: Call, target: Array, sighted: list[Array]) -> Reaches | None:
 
 
 def _reach(array: Array, out: Array, elementwise: bool) -> Reach:
+    if not array.size:
+        return Reach(0, 0, alike=True)
     walks = [(extent - 1) * step for extent, step in zip(array.shape, array.strides, strict=True)]
-    high = sum(walk for walk in walks if walk > 0) + array.itemsize if array.size else 0
+    high = sum(walk for walk in walks if walk > 0) + array.itemsize
     alike = elementwise and (array.shape, array.strides, array.dtype) == (out.shape, out.strides, out.dtype)
     return Reach(sum(walk for walk in walks if walk < 0), high, alike)

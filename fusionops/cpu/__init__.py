@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fusionops.address import headers_are_known
+from fusionops.address import HEADERS_ARE_KNOWN
 from fusionops.cpu import amx, commuted, depthwise, direct, gemm, grouped, stream, winograd
 from fusionops.cpu.guard import Guards
 from fusionops.cpu.host import device, facts, reasons_unusable, warmup
@@ -20,7 +20,7 @@ KERNELS = (
     *stream.KERNELS,
 )
 
-GUARDS = Guards if headers_are_known() else None  # they read arrays where `address` says
+GUARDS = Guards if HEADERS_ARE_KNOWN else None  # they read arrays where `address` says
 
 __all__ = [
     "GUARDS",

@@ -101,11 +101,10 @@ class Guards:
     """Calls of one kind, an op with its options and roles, told apart by what their arrays look like.
 
     Needs no lock: a new state takes the place of the old one at once. Of two calls that are added at the same time one
-    may be lost, and is added again.
+    may be lost, and is added again; one may be there twice, of which the first is found.
     """
 
     def __init__(self) -> None:
-        self._find = _find_entry()
         self._renew((), 1)
 
     def _renew(self, added: tuple[tuple[Any, ...], ...], block_words: int) -> None:
@@ -129,5 +128,6 @@ class Guards:
         """What is kept of the call whose arrays looked like these, with its block for them; or NEW or JUDGED."""
         added, table, blank, _ = self._state
         block = blank[:]
-        found = self._find(table, id(arrays), block.buffer_info()[0])
+        # Compiled for a second call, not for the first.
+        found = _find_entry()(table, id(arrays), block.buffer_info()[0])
         return (added[found][1] if found >= 0 else found), block

@@ -54,9 +54,9 @@ CACHE_ERRORS = (EOFError, pickle.UnpicklingError, OSError, ValueError, KeyError,
 
 @functools.cache
 def source_digest() -> str:
-    """A hash of this package's own sources: numba does not notice that a callee in another file changed."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    """A hash of the sources that kernels are made of: numba does not notice that a callee in another file changed."""
+    digest, here = hashlib.sha256(), Path(__file__).parent
+    for path in sorted([*here.glob("*.py"), *here.parent.glob("*.py")]):  # with the contract, whose constants they hold
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 

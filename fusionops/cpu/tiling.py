@@ -34,7 +34,7 @@ TASK_FILTERS = 256
 ENOUGH_TASKS = 4
 # Tasks are cut so that so many cores have the same to do. Fixed numbers: plans do not depend on the number of threads.
 CORES = (2, 4)
-# From so many tasks on little is waited for: a sixteenth at most. With fewer, tiles that make up for it (8 tasks for 7,
+# From so many tasks on little is waited for: a twelfth at most. With fewer, tiles that make up for it (8 tasks for 7,
 # 16 for 13, 32 for 27) took 0.90 to 1.01 of the time in fourteen 1×1 problems and 1.18 in one, where it was 0.82 in the
 # run before; geometric mean 0.97 (11 interleaved rounds, AVX2, 2 cores).
 MANY_TASKS = 32
@@ -197,10 +197,10 @@ def enough_parts(blocks: int, task_blocks: int, tiles: int) -> int:
 
 
 def even_tile(pixels: int, most: int, mr: int, parts: int) -> int:
-    """Pixels of a tile with which CORES compute and wait least, of equals the most: `most` or fewer, but over a half.
+    """Pixels of a tile with which CORES compute and wait least, of equals the most; none takes longer than with `most`.
 
-    None of CORES takes longer than with tiles of `most`.
-
+    pixels   one at least
+    most     of a tile: `balanced`
     parts    tasks of a tile
     """
     fewest = -(-pixels // most)
