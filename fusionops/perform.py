@@ -19,7 +19,8 @@ from fusionops.address import address
 from fusionops.binding import Call, reaches, sight, with_own_dtypes
 from fusionops.kernel import NEW, Array, Filters, Guards
 
-# Keys that are remembered, of which a network has some hundred; and calls of a key, which are compared one by one.
+# Keys that are remembered, of which a network has some hundred; and calls of a key, which are compared one by one, 7 ns
+# each where the first extent differs.
 KEPT, KEPT_OF_A_KEY = 1024, 16
 
 

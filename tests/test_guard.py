@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import pickle
+import shutil
 import sys
 from array import array as array_of_words
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from fusionops import address
+from fusionops.cpu import jit
 from fusionops.cpu.guard import Guards
 from fusionops.kernel import JUDGED, NEW, Reach, Reaches, Replay
 
@@ -104,3 +109,40 @@ def test_what_a_record_points_to_lives_as_long_as_the_record():
     gc.collect()
     assert sys.getrefcount(dtype) > before[0] - 1  # the array's is gone, the guards' has come
     assert sys.getrefcount(block) == before[1]
+
+
+@pytest.mark.parametrize(
+    ("word", "other"),
+    [("DATA", "DTYPE"), ("NDIM", "FLAGS"), ("EXTENTS", "STRIDES"), ("STRIDES", "EXTENTS"), ("DTYPE", "DATA"),
+     ("FLAGS", "NDIM"), ("LIST_LENGTH", "LIST_ITEMS")],
+)  # fmt: skip
+def test_what_lies_elsewhere_in_an_array_is_noticed(word, other, monkeypatch):
+    assert address._headers_are_known()
+    monkeypatch.setattr(address, word, getattr(address, other))
+    assert not address._headers_are_known()
+
+
+def test_addresses_are_asked_for_where_nobody_knows_where_they_lie(monkeypatch):
+    monkeypatch.setattr(address, "HEADERS_ARE_KNOWN", False)
+    monkeypatch.setattr(address, "_MEMORY", None)
+    x = np.zeros((3, 4))[1:]
+    assert address.address(x) == x.ctypes.data
+
+
+@pytest.mark.parametrize("source", ["address.py", "cpu/guard.py"])
+def test_kernels_are_compiled_anew_when_what_they_are_made_of_changes(source, tmp_path):
+    """Guards hold constants of the contract, which lies outside the backend."""
+    package = tmp_path / "fusionops"
+    shutil.copytree(Path(jit.__file__).parents[1], package, ignore=shutil.ignore_patterns("__pycache__"))
+
+    def digest() -> str:
+        found = importlib.util.spec_from_file_location("jit_of_a_copy", package / "cpu" / "jit.py")
+        module = importlib.util.module_from_spec(found)
+        found.loader.exec_module(module)
+        return module.source_digest()
+
+    before = digest()
+    assert before == jit.source_digest()
+    with (package / source).open("a") as file:
+        file.write("# changed\n")
+    assert digest() != before

@@ -201,7 +201,6 @@ class Pool:
         start = area.start - address(area.array)
         self.words = area.array[start : start + area.size].view(np.int64)
         self.workers: list[threading.Thread] = []
-        self.launch = _launch_entry()
         for number in range(MOST_THREADS):
             _libc().sem_init(self._bell(number), 0, 0)
 
@@ -300,13 +299,13 @@ def parallel_for(task: int, params: int, tasks: int, threads: int, flops_per_tas
     """
     flops = tasks * flops_per_task
     if threads > 1 and tasks > 1 and flops >= SERIAL_FLOPS:
-        pool, count = _POOL or _pool(), min(threads, MOST_THREADS)
-        if pool.lock.acquire(False):
+        pool, count = _pool(), min(threads, MOST_THREADS)
+        if pool.lock.acquire(blocking=False):
             try:
-                if len(pool.workers) < count - 1:
-                    pool.grow(count - 1)
+                pool.grow(count - 1)
+                launch = _launch_entry()
                 for first, last in _slices(tasks, flops, count):
-                    pool.launch(pool.address, task, params, first, last, count)
+                    launch(pool.address, task, params, first, last, count)
             finally:
                 pool.lock.release()
             return

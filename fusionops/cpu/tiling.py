@@ -196,6 +196,11 @@ def enough_parts(blocks: int, task_blocks: int, tiles: int) -> int:
     return -(-blocks // parts)
 
 
+def rounds(tasks: int) -> list[int]:
+    """Tasks that each number of CORES has time for until the last one is done: those that are waited for included."""
+    return [-(-tasks // cores) * cores for cores in CORES]
+
+
 def even_tile(pixels: int, most: int, mr: int, parts: int) -> int:
     """Pixels of a tile with which CORES compute and wait least, of equals the most; none takes longer than with `most`.
 
@@ -207,10 +212,8 @@ def even_tile(pixels: int, most: int, mr: int, parts: int) -> int:
     if fewest * parts >= MANY_TASKS:
         return most
 
-    def cost(tile: int) -> list[int]:
-        """Register tiles that each number of cores has time for, waiting included."""
-        tasks = -(-pixels // tile) * parts
-        return [-(-tasks // cores) * cores * -(-tile // mr) for cores in CORES]
+    def cost(tile: int) -> list[int]:  # in register tiles
+        return [tasks * -(-tile // mr) for tasks in rounds(-(-pixels // tile) * parts)]
 
     longest = cost(most)
     tiles = (-(-pixels // count) for count in range(fewest, 2 * fewest))

@@ -22,12 +22,12 @@ from fusionops.cpu.direct import common_reasons
 from fusionops.cpu.formats import FORMATS
 from fusionops.cpu.simd import VECTOR_BYTES
 from fusionops.cpu.tiling import (
-    CORES,
     SCRATCH_LIMIT,
     WORD_BYTES,
     Tiling,
     balanced,
     choose_register_tile,
+    rounds,
     whole_lines,
 )
 from fusionops.cpu.transform import POINTS, TAPS, outputs_of
@@ -204,9 +204,8 @@ def _tilings(spec: FusionSpec, device: CpuDevice) -> Iterator[tuple[float, Winog
             )  # fmt: skip
             if tiling.scratch_bytes <= SCRATCH_LIMIT:
                 tasks = groups * -(-blocks // task_blocks)
-                rounds = sum(-(-tasks // cores) * cores for cores in CORES)
                 reading = (NEAR_COST if is_near else FAR_COST) * mr / rows
-                yield rounds * rows * (task_blocks * width + TRANSFORM_FILTERS) * (1 + reading), tiling
+                yield sum(rounds(tasks)) * rows * (task_blocks * width + TRANSFORM_FILTERS) * (1 + reading), tiling
 
 
 def cut(spec: FusionSpec, tiling: WinogradTiling, words: Words, filters: Strides | None) -> tuple[int, bool]:
