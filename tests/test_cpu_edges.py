@@ -80,9 +80,11 @@ def test_concat_into_rows_that_interleave_around_the_caches():
 
 @pytest.mark.parametrize("dtype", ["uint8", "float32"])
 @pytest.mark.parametrize("shortest", [1, 64])
-@pytest.mark.usefixtures("around")
-def test_concat_of_runs_of_any_length_around_the_caches(dtype, shortest):
+@pytest.mark.parametrize("way", ["around", "through"])
+def test_concat_of_runs_of_any_length(dtype, shortest, way, request):
     """Lines that one run fills, that two or three share, at any place in a line of the output and of the sources."""
+    if way == "around":
+        request.getfixturevalue("around")
     rng = np.random.default_rng(5)
     for _ in range(60):
         rows, size = rng.integers(1, 70), np.dtype(dtype).itemsize

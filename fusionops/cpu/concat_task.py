@@ -11,13 +11,16 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from fusionops.cpu.jit import inline, task
-from fusionops.cpu.simd import I8, VECTOR_BYTES, Lanes, prefetch_read, word, words
+from fusionops.cpu.simd import I8, I64, VECTOR_BYTES, Lanes, prefetch_read, word, words
 from fusionops.cpu.transpose import stack_words
 
 # Words of a concat: sources, rows, rows of a task, pieces of a row, how it is stored, bytes of a staged row,
 # rows at a time, output; then for each source its address and step, where it starts in an output row, that row's step,
 # bytes of a row.
 CONCAT_HEAD, CONCAT_WORDS = 8, 5
+# How it is stored: through the caches, some rows of each source at a time; around them; around them, lines woven of
+# runs; through them, a row of each source in turn.
+THROUGH, AROUND, WOVEN, IN_TURN = range(4)
 
 
 @intrinsic
@@ -69,6 +72,37 @@ def copy_rows(typing, to, to_step, source, step, rows, count):
 
 
 @intrinsic
+def copy_in_turn(typing, to, to_step, spans, sources, row0, row1):
+    """Copies a row of each source in turn, of VECTOR_BYTES and more, so that the output is written from front to back.
+
+    spans   CONCAT_WORDS of each source
+
+    Of the time by pages of the output, 0.77 to 0.85 for 2 to 16 MiB in L3, 0.7 for five sources, 0.95 for 64 KiB.
+    """
+    signature = types.void(*[types.intp] * 6)
+
+    def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        to, to_step, spans, sources, row0, row1 = args
+        lanes = Lanes(b, 32)
+        table = b.inttoptr(spans, I64.as_pointer())
+
+        def move(to: ir.Value, source: ir.Value, offset: ir.Value) -> None:
+            lanes.store(lanes.load(lanes.pointer(b.add(source, offset))), lanes.pointer(b.add(to, offset)))
+
+        with cgutils.for_range(b, row1, start=row0) as r, cgutils.for_range(b, sources) as j:
+            span = b.gep(table, [b.mul(j.index, word(CONCAT_WORDS))])
+            start, step, first, _, count = (b.load(b.gep(span, [word(k)])) for k in range(CONCAT_WORDS))
+            row, source = b.add(b.add(to, b.mul(r.index, to_step)), first), b.add(start, b.mul(r.index, step))
+            last = b.sub(count, word(VECTOR_BYTES))  # the last vector may overlap the one before it
+            with cgutils.for_range_slice(b, word(0), last, word(VECTOR_BYTES)) as (offset, _):
+                move(row, source, offset)
+            move(row, source, last)
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+@intrinsic
 def stream_lines(typing, to, source, lines):
     """Stores `lines` vectors around the caches; `to` is a multiple of VECTOR_BYTES."""
     signature = types.void(*[types.intp] * 3)
@@ -88,7 +122,6 @@ def stream_lines(typing, to, source, lines):
 STAGE_BYTES = 1 << 11
 ROWS_AHEAD = 8  # of a source, asked for so much earlier: 4 and 16 took as long, none 1.07 times as long out of cache
 LINE_WORDS = 3 * VECTOR_BYTES // 8  # room for a line, and for the vectors that fill it from either side
-WOVEN = 2  # how outputs are stored, beside 0, through the caches, and 1, around them
 LONG_BYTES = 1 << 13  # a run this long goes around the caches by itself: its first and last line hardly count
 STAGE_WORDS = (LONG_BYTES + STAGE_BYTES) // 8 + 32  # a row less than LONG_BYTES, room to align, and what is held back
 BLOCK_BYTES = 1 << 12  # of the output, written by all sources in turn: a page, which the prefetchers follow
@@ -113,7 +146,7 @@ def concat_block(params, to, row, count, piece, pieces):
         s = words(params + 8 * (CONCAT_HEAD + j * CONCAT_WORDS))
         start, end = s[4] * piece // pieces, s[4] * (piece + 1) // pieces
         here, source, size = to + s[2] + start, s[0] + row * s[1] + start, end - start
-        if p[4] and size >= LONG_BYTES:
+        if p[4] == AROUND and size >= LONG_BYTES:
             for r in range(count):
                 copy_around(here + r * s[3], source + r * s[1], size)
         else:
@@ -204,6 +237,9 @@ def concat_task() -> int:
             weave_around(params, row0, row1)
         elif staged_bytes:
             concat_around(params, row0, row1)
+        elif p[4] == IN_TURN:
+            spans = params + 8 * CONCAT_HEAD
+            copy_in_turn(p[7], words(spans)[3], spans, p[0], row0, row1)
         else:
             to_step = words(params + 8 * CONCAT_HEAD)[3]
             for row in range(row0, row1, block):  # few rows at a time, so that the output is written from front to back

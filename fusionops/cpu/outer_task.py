@@ -32,9 +32,8 @@ from fusionops.cpu.transpose import stack_words
 # filters, and 0.86 to 1.02 of the time for 32.
 MOST_PIXELS = 24
 PIXELS_AT_ONCE = 4  # 2 took 1.02 of the time
-# What remains is added two and one at a time, and loads the filters as it goes: kept for so few, some are spilled, and
-# one row took 1.0 to 1.2 times as long (AVX2).
-REST = (2, 1)
+# So many keep their elements in registers, and load the filters as they go.
+FEW = 2
 # At a time: sums are read and written once for as many rows of filters, which a quarter of the registers hold. With 16
 # instead of 8 the lines asked for ahead no longer fit L1: 1.1 times as long over ten dense layers of 1 to 24 rows.
 CHANNELS = min(8, target().vector_registers * target().vector_bytes // 128)
@@ -60,45 +59,68 @@ def add_outer_products(typing, bits, channels, rows, a, a_step, row, row_step, c
 
         ahead, length = b.mul(row_step, word(channels.literal_value)), b.mul(count, size)
 
-        def body(offset: ir.Value, tail: Tail | None) -> None:
-            place = b.mul(offset, size)
-            # What is read AHEAD vectors later, at the end of these rows the beginning of the next ones.
+        def ask(place: ir.Value) -> None:
+            """For what is read AHEAD vectors later, at the end of these rows for the beginning of the next ones."""
             later = b.add(place, word(AHEAD * VECTOR_BYTES))
             later = b.select(b.icmp_signed("<", later, length), later, b.add(ahead, b.sub(later, length)))
             for start in starts:
                 lanes.prefetch(lanes.pointer(b.add(start, later)), level=1)
 
-            def load(start: ir.Value) -> ir.Value:
-                return lanes.load_part(lanes.pointer(b.add(start, place)), tail)
+        def load(start: ir.Value, place: ir.Value, tail: Tail | None) -> ir.Value:
+            return lanes.load_part(lanes.pointer(b.add(start, place)), tail)
 
-            def add(first: ir.Value, together: int, kept: list[ir.Value] | None = None) -> None:
-                """To the sums of `together` rows, which do not wait for one another."""
-                pixels = [b.add(first, word(i)) for i in range(together)]
-                elements = [lanes.pointer(b.add(a, b.mul(m, a_step))) for m in pixels]
-                to = [lanes.pointer(b.add(b.add(sums, b.mul(m, sums_step)), place)) for m in pixels]
-                values = [lanes.load(pointer) for pointer in to]
-                for c, start in enumerate(starts):
-                    vector = kept[c] if kept else load(start)
-                    for i, element in enumerate(elements):
-                        x = lanes.splat(b.load(b.gep(element, [word(c)])))
-                        values[i] = lanes.multiply_add(x, vector, values[i])
-                for pointer, value in zip(to, values, strict=True):
-                    lanes.store(value, pointer)
+        def elements(pixel: ir.Value) -> list[ir.Value]:
+            """Of A, each in all lanes."""
+            here = lanes.pointer(b.add(a, b.mul(pixel, a_step)))
+            return [b.gep(here, [word(c)]) for c in range(channels.literal_value)]
 
-            whole = b.sdiv(rows, word(PIXELS_AT_ONCE))
-            with b.if_then(b.icmp_signed(">", whole, word(0))):
-                kept = [load(start) for start in starts]
-                with cgutils.for_range(b, whole) as m:
-                    add(b.mul(m.index, word(PIXELS_AT_ONCE)), PIXELS_AT_ONCE, kept)
-            done = b.mul(whole, word(PIXELS_AT_ONCE))
-            rest = b.sub(rows, done)
-            for together in REST:
-                some = b.and_(rest, word(together))
-                with b.if_then(b.icmp_signed("!=", some, word(0))):
-                    add(done, together)
-                done = b.add(done, some)
+        def add(first: ir.Value, together: int, place: ir.Value, rows_of_b: Any, x: Any) -> None:
+            """To the sums of `together` pixels, which do not wait for one another."""
+            to = [b.mul(b.add(first, word(i)), sums_step) for i in range(together)]
+            to = [lanes.pointer(b.add(b.add(sums, offset), place)) for offset in to]
+            values = [lanes.load(pointer) for pointer in to]
+            for c in range(channels.literal_value):
+                vector = rows_of_b(c)
+                for i in range(together):
+                    values[i] = lanes.multiply_add(x(i, c), vector, values[i])
+            for pointer, value in zip(to, values, strict=True):
+                lanes.store(value, pointer)
 
-        vector_loop(b, lanes, count, body)
+        def many(first: ir.Value, together: int, groups: ir.Value) -> None:
+            """Vectors of B in registers, elements of A as they are used."""
+
+            def body(offset: ir.Value, tail: Tail | None) -> None:
+                place = b.mul(offset, size)
+                ask(place)
+                kept = [load(start, place, tail) for start in starts]
+                with cgutils.for_range(b, groups) as group:
+                    pixel = b.add(first, b.mul(group.index, word(together)))
+                    here = [elements(b.add(pixel, word(i))) for i in range(together)]
+                    add(pixel, together, place, lambda c: kept[c], lambda i, c: lanes.splat(b.load(here[i][c])))
+
+            vector_loop(b, lanes, count, body)
+
+        def few(first: ir.Value, together: int) -> None:
+            """Elements of A in registers, vectors of B as they are used."""
+            x = [[lanes.splat(b.load(e)) for e in elements(b.add(first, word(i)))] for i in range(together)]
+
+            def body(offset: ir.Value, tail: Tail | None) -> None:
+                place = b.mul(offset, size)
+                ask(place)
+                add(first, together, place, lambda c: load(starts[c], place, tail), lambda i, c: x[i][c])
+
+            vector_loop(b, lanes, count, body)
+
+        whole = b.sdiv(rows, word(PIXELS_AT_ONCE))
+        with b.if_then(b.icmp_signed(">", whole, word(0))):
+            many(word(0), PIXELS_AT_ONCE, whole)
+        done = b.mul(whole, word(PIXELS_AT_ONCE))
+        for rest in range(1, PIXELS_AT_ONCE):
+            with b.if_then(b.icmp_signed("==", b.sub(rows, done), word(rest))):
+                if rest > FEW:
+                    many(done, rest, word(1))
+                else:
+                    few(done, rest)
         return context.get_dummy_value()
 
     return signature, codegen

@@ -24,11 +24,14 @@ from fusionops.cpu import activation, threads
 from fusionops.cpu.add_task import HEAD, add_task, operand_words
 from fusionops.cpu.block import WEIGHT_KINDS, weight_word, widened
 from fusionops.cpu.concat_task import (
+    AROUND,
     BLOCK_BYTES,
     CONCAT_HEAD,
     CONCAT_WORDS,
+    IN_TURN,
     LONG_BYTES,
     STAGE_BYTES,
+    THROUGH,
     WOVEN,
     concat_task,
 )
@@ -222,7 +225,11 @@ def concat_plan(spec: FusionSpec, config: StreamConfig, strides: tuple[Strides, 
     covers = not others and row_step(spec.out_shape, out, axis, item) == total
     staged = total if config.nontemporal and covers and total < LONG_BYTES else 0
     block = max(1, (STAGE_BYTES if staged else BLOCK_BYTES) // max(1, total))
-    stores = WOVEN if staged and min(span[-1] for span in spans) >= VECTOR_BYTES else int(config.nontemporal)
+    shortest = min((span[-1] for span in spans), default=0)
+    if config.nontemporal:
+        stores = WOVEN if staged and shortest >= VECTOR_BYTES else AROUND
+    else:
+        stores = IN_TURN if pieces == 1 and shortest >= VECTOR_BYTES else THROUGH
     words = [len(spans), rows, task_rows, pieces, stores, staged, block]
     words.append(0)  # the output's address
     words += [word for span in spans for word in span]
