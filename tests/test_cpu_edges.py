@@ -167,6 +167,22 @@ def test_few_rows_have_the_bits_of_many(op, dtype, filters, kept):
 
 
 @pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
+@pytest.mark.parametrize("channels", [40, 1100])
+def test_register_tiles_of_two_heights(layout, channels):
+    """Any number of pixels: tall tiles, shorter ones, and a last one that begins earlier; one chunk and several."""
+    rng = np.random.default_rng(8)
+    filters = rng.integers(-4, 5, (1, 1, channels, 36)).astype(np.float32)
+    for pixels in range(outer_task.MOST_PIXELS + 1, outer_task.MOST_PIXELS + 32):
+        x = rng.integers(-4, 5, (1, 1, pixels, channels)).astype(np.float32)
+        y = rng.integers(-4, 5, x.shape).astype(np.float32)
+        expected, given, maps = (x + y) @ filters[0, 0], filters, [x, y]
+        if layout == "NCHW":
+            maps = [np.ascontiguousarray(array.transpose(0, 3, 1, 2)) for array in maps]
+            given, expected = filters.transpose(3, 2, 0, 1), expected.transpose(0, 3, 1, 2)
+        np.testing.assert_array_equal(fo.add_conv(maps, given, layout=layout), expected)
+
+
+@pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
 def test_few_pixels_of_a_map(layout):
     """A 1×1 convolution of a 3×4 map with an upsampled source, to channels that lie side by side or apart."""
     rng = np.random.default_rng(7)
