@@ -19,6 +19,7 @@ from fusionops.cpu.jit import inline, task
 from fusionops.cpu.microkernel import SEGMENT_WORDS, gemm_segments
 from fusionops.cpu.prologue import load_tile
 from fusionops.cpu.simd import clear, prefetch_read, words
+from fusionops.cpu.tiling import shorter_tile, tiles_of
 
 COPY_AHEAD = 4  # rows of filters asked for ahead of their copy: 1 to 12 differed by less than the noise
 
@@ -81,23 +82,7 @@ def copy_filters(bits, params, to, source, width, depth, block0, block1, filters
             store_rows(bits, bits, end + panel, 0, row + whole * width * item, 0, 1, rest)
 
 
-def shorter_tile(mr: int) -> int:
-    """Rows of the other register tile: 4 beside 6, 8 beside 14, as fast a row (AVX2: 0.96 of the FMA peak both, in L1).
-
-    49 pixels took 0.93 to 0.96 of the time with both, 32 rows 0.94 to 0.97 (9 interleaved rounds).
-    """
-    return (mr + 2) // 2
-
-
-@inline
-def tiles_of(rows, mr, short):
-    """How many register tiles of mr rows and, after them, shorter ones hold `rows` with the fewest to spare."""
-    tall_tiles, short_tiles = (rows + mr - 1) // mr, 0
-    for more in range(1, mr // 2):
-        fewer = max(0, (rows - more * short + mr - 1) // mr)
-        if fewer * mr + more * short < tall_tiles * mr + short_tiles * short:
-            tall_tiles, short_tiles = fewer, more
-    return tall_tiles, short_tiles
+split_rows = inline(tiles_of)
 
 
 @functools.cache
@@ -112,7 +97,7 @@ def gemm_task(bits: int, mr: int, nv: int) -> int:
         scratch = p[at.SCRATCH] + slot * p[at.SCRATCH_BYTES]
         n, p0, p1, q0, q1, group, block0, block1 = locate_task(params, index)
         rows = (p1 - p0) * (q1 - q0)
-        tall, short_tiles = tiles_of(rows, mr, short)
+        tall, short_tiles = split_rows(rows, mr, short)
         count, end = tall + short_tiles, tall * mr + short_tiles * short
         outs, residuals, copy = scratch + p[at.AT_OUT], scratch + p[at.AT_RESIDUAL], scratch + p[at.AT_COPY]
         segments = scratch + p[at.AT_SEGMENTS]

@@ -28,6 +28,7 @@ from fusionops.cpu.tiling import (
     balanced,
     choose_register_tile,
     rounds,
+    rows_of,
     whole_lines,
 )
 from fusionops.cpu.transform import POINTS, TAPS, outputs_of
@@ -35,7 +36,6 @@ from fusionops.cpu.winograd_task import (
     BITS,
     ITEM,
     pack_task,
-    shorter_tiles,
     transform_inputs_task,
     transform_outputs_task,
     winograd_task,
@@ -187,15 +187,13 @@ def _tilings(spec: FusionSpec, device: CpuDevice) -> Iterator[tuple[float, Winog
     packed = POINTS * blocks * width * C * patches
     is_near = packed * ITEM <= device.l2_bytes
     is_large = not FORMATS[spec.dtype].is_narrow and math.prod(spec.out_shape) * ITEM >= AROUND_BYTES
-    half, quarter = shorter_tiles(mr)
     row_tiles = balanced(-(-spec.Q // outputs), RUN)
     strip_rows = (outputs - 1) * conv.stride[0] + conv.R
     pitch = (outputs * row_tiles - 1) * conv.stride[1] + conv.S
     for per_task in range(NEAR_TILES if is_near else FAR_TILES, 0, -1):
         groups = -(-tiles // (per_task * mr))
         task_tiles = -(-tiles // groups)
-        whole, rest = divmod(task_tiles, mr)
-        rows = whole * mr + (0 if rest == 0 else quarter if rest <= quarter else half if rest <= half else mr)
+        rows = rows_of(task_tiles, mr)
         for task_blocks in range(max(1, min(blocks, TASK_FILTERS // width)), 0, -1):
             tiling = WinogradTiling(
                 bits=BITS, mr=mr, nv=nv, depth=depth, chunks=-(-C // depth), blocks=blocks, task_blocks=task_blocks,

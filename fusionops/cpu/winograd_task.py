@@ -20,11 +20,12 @@ from fusionops.cpu import params as at
 from fusionops.cpu.concat_task import copy_around
 from fusionops.cpu.epilogue import ask_for_channels, finish_tile, scatter_tile
 from fusionops.cpu.formats import load_element
+from fusionops.cpu.gemm_task import split_rows
 from fusionops.cpu.jit import inline, task
 from fusionops.cpu.microkernel import gemm_rows
 from fusionops.cpu.prologue import load_tile
 from fusionops.cpu.simd import VECTOR_BYTES, call, clear, elements, words
-from fusionops.cpu.tiling import WORD_BYTES
+from fusionops.cpu.tiling import WORD_BYTES, shorter_tile
 from fusionops.cpu.transform import (
     PATCH,
     POINTS,
@@ -39,11 +40,6 @@ from fusionops.cpu.transpose import stack_words
 
 BITS, ITEM = 32, 4
 TAP_WORDS = max(TAPS) ** 2 * 64 * ITEM // WORD_BYTES  # of 64 filters: no block is wider
-
-
-def shorter_tiles(mr: int) -> tuple[int, int]:
-    """Rows of the register tiles that end a task, where one of mr rows would be filled up by more than half."""
-    return (mr + 2) // 2, (mr + 2) // 4
 
 
 @inline
@@ -166,7 +162,7 @@ def transform_outputs_task(taps: int) -> int:
 def winograd_task(mr: int, nv: int) -> int:
     """Address of the task compiled for one register tile."""
     width = nv * VECTOR_BYTES // ITEM
-    half, quarter = shorter_tiles(mr)
+    short = shorter_tile(mr)
 
     def winograd(params, index, slot):
         p = words(params)
@@ -179,8 +175,8 @@ def winograd_task(mr: int, nv: int) -> int:
         block0, block1 = part * p[at.TASK_BLOCKS], min(p[at.BLOCKS], (part + 1) * p[at.TASK_BLOCKS])
         first = index // parts * p[at.TASK_TILES]
         last = min(p[at.TILES], first + p[at.TASK_TILES])
-        groups, rest = (last - first + mr - 1) // mr, (last - first) % mr
-        rows = last - first - rest + (0 if rest == 0 else quarter if rest <= quarter else half if rest <= half else mr)
+        tall, short_tiles = split_rows(last - first, mr, short)
+        groups, end = tall + short_tiles, tall * mr + short_tiles * short
         point_values, point_sums, outputs = p[at.POINT_VALUES], p[at.POINT_SUMS], p[at.OUTPUTS]
 
         for c0 in range(0, p[at.C], p[at.DEPTH]):
@@ -193,10 +189,10 @@ def winograd_task(mr: int, nv: int) -> int:
                 transform_patches(params, values + (tile - first) * depth * ITEM, region, count, channels)
                 tile += count
             # A register tile is always full. The rest is zero: leftovers may be denormal, on which processors are slow.
-            if rows != last - first:
+            if end != last - first:
                 for point in range(POINTS):
                     clear(values + (point * point_values + (last - first) * depth) * ITEM,
-                          (rows - last + first) * depth * ITEM)  # fmt: skip
+                          (end - last + first) * depth * ITEM)  # fmt: skip
             panels = p[at.FILTERS] + POINTS * p[at.BLOCKS] * p[at.PATCHES] * c0 * width * ITEM
             panel_bytes = depth * width * ITEM
             step = width * ITEM // groups + 1
@@ -208,16 +204,14 @@ def winograd_task(mr: int, nv: int) -> int:
                         following = panels + ((point + 1) * p[at.BLOCKS] + block0) * panel_bytes
                     to = sums + ((block - block0) * POINTS + point) * point_sums * ITEM
                     a = values + point * point_values * ITEM
-                    for row in range(0, last - first, mr):
-                        here = a + row * depth * ITEM
-                        near, c = here + mr * depth * ITEM, to + row * width * ITEM
-                        ahead = following + row // mr * depth * step
-                        if last - first - row > half:
+                    for g in range(groups):
+                        row, height = min(g, tall) * mr + max(0, g - tall) * short, mr if g < tall else short
+                        here, c, ahead = a + row * depth * ITEM, to + row * width * ITEM, following + g * depth * step
+                        near = here + height * depth * ITEM
+                        if height == mr:
                             gemm_rows(BITS, mr, nv, here, depth, depth, panel, width, c, c0, ahead, step, near)
-                        elif last - first - row > quarter:
-                            gemm_rows(BITS, half, nv, here, depth, depth, panel, width, c, c0, ahead, step, near)
                         else:
-                            gemm_rows(BITS, quarter, nv, here, depth, depth, panel, width, c, c0, ahead, step, near)
+                            gemm_rows(BITS, short, nv, here, depth, depth, panel, width, c, c0, ahead, step, near)
 
         tile, pixel = first, (block1 - block0) * width if p[at.AROUND] else width  # from one finished pixel to the next
         while tile < last:
