@@ -48,6 +48,11 @@ from fusionops.spec import Conv2d, FusionSpec, Merge
 # relative L2 on normal data at most 0.9e-6 from 64 to 1024 channels; chunks of 128 give up to 1.1e-6. A chunk has 16
 # channels at least: filters of 16 sections have errors up to 1.6e-6.
 DEPTH = 64
+# Filters that are not in sections, on vectors half as wide: register tiles are lower, so a point's values stay in L1.
+# Convolutions of U-Net, FPN and ResNet took 0.98 of the time (geometric mean of 25, 0.91 to 1.11, 7 interleaved rounds,
+# AVX2). 128 channels have 1.9 and 2.3 times the strict kernel's error on normal data and on numbers over 6 decades,
+# with DEPTH 1.4 and 1.7; 2×2 taps, which keep it, would have 2.9 and 3.4.
+DEPTH_OF_NARROW = 128
 # Where a strict sum has few terms it hardly rounds, and three times its error is what is promised. Relative L2 errors
 # on normal data and on numbers over 6 decades, of 3×3 taps: with 288 terms 2.1 and 2.5 times the strict kernel's, with
 # 144 2.5 and 3.0, with 72 2.9 and 3.6. Filters in sections and of 2×2 taps: with 256 and 288 terms 2.8 to 3.0 and 3.6
@@ -180,7 +185,8 @@ def _tilings(spec: FusionSpec, device: CpuDevice) -> Iterator[tuple[float, Winog
     K, taps = conv.K, taps_of(conv)
     outputs, patches = outputs_of(taps), _patches(conv, taps)
     tiles = spec.N * -(-spec.P // outputs) * -(-spec.Q // outputs)
-    depth = min(C, LINE * balanced(-(-C // LINE), max(1, DEPTH // (LINE * patches))))
+    most = DEPTH_OF_NARROW if _is_whole(conv) and device.vector_bytes < VECTOR_BYTES else DEPTH
+    depth = min(C, LINE * balanced(-(-C // LINE), max(1, most // (LINE * patches))))
     mr, nv = choose_register_tile(K, ITEM, device, narrow=True)
     width = nv * VECTOR_BYTES // ITEM
     blocks = -(-K // width)
@@ -241,10 +247,15 @@ def replay(spec: FusionSpec, tiling: WinogradTiling, strides: kernel.Strides) ->
     return launch.replay(_algorithm(taps_of(spec.conv), spec.conv.stride), spec, tiling, strides)
 
 
+def _is_whole(conv: Conv2d) -> bool:
+    """Whether filters are one section, of more taps than the two whose errors are largest."""
+    taps = taps_of(conv)
+    return taps > 2 and _patches(conv, taps) == 1
+
+
 def _fewest(conv: Conv2d) -> tuple[int, int]:
     """Terms of a sum, and channels."""
-    taps = taps_of(conv)
-    if taps > 2 and _patches(conv, taps) == 1:
+    if _is_whole(conv):
         return FEWEST_TERMS, 1
     return FEWEST_TERMS_OF_PARTS, FEWEST_CHANNELS_OF_PARTS
 
