@@ -23,6 +23,8 @@ REWRITTEN = (
     *conv_both("winograd_tall_map", 32, 9, H=211, W=5, **WINOGRAD),
     *conv_both("winograd_batch_of_odd_maps", 32, 64, N=5, H=6, W=13, **WINOGRAD),
     *conv_both("winograd_chunk_of_channels_plus_one", 65, 20, H=6, W=5, **WINOGRAD),
+    *conv_both("winograd_longest_chunk", 128, 20, H=6, W=5, **WINOGRAD),
+    *conv_both("winograd_longest_chunk_plus_one", 129, 20, H=6, W=5, **WINOGRAD),
     *conv_both("winograd_many_channels", 300, 20, H=5, W=5, **WINOGRAD),
     *conv_both("winograd_many_filters", 32, 600, H=5, W=3, **WINOGRAD),
     *conv_both("winograd_whole_blocks", 32, 320, H=6, W=9, residual=Part(320, weight="vector"), **WINOGRAD),
