@@ -14,7 +14,17 @@ import fusionops as fo
 from fusionops import dispatch, perform
 from fusionops.address import address
 from fusionops.cpu import amx, commuted, device, gemm, jit, outer_task, stream, threads
-from fusionops.cpu.tiling import CORES, MANY_TASKS, SCRATCH_LIMIT, balanced, even_tile, plan
+from fusionops.cpu.tiling import (
+    CORES,
+    MANY_TASKS,
+    SCRATCH_LIMIT,
+    balanced,
+    even_tile,
+    plan,
+    rows_of,
+    shorter_tile,
+    tiles_of,
+)
 from fusionops.device import AVX2_LAPTOP, AVX512_SERVER, CPU_PROFILES, CpuDevice
 from fusionops.problems import conv
 from fusionops.spec import FusionSpec, Merge, SourceSpec
@@ -171,15 +181,32 @@ def test_few_rows_have_the_bits_of_many(op, dtype, filters, kept):
 def test_register_tiles_of_two_heights(layout, channels):
     """Any number of pixels: tall tiles, shorter ones, and a last one that begins earlier; one chunk and several."""
     rng = np.random.default_rng(8)
-    filters = rng.integers(-4, 5, (1, 1, channels, 36)).astype(np.float32)
-    for pixels in range(outer_task.MOST_PIXELS + 1, outer_task.MOST_PIXELS + 32):
-        x = rng.integers(-4, 5, (1, 1, pixels, channels)).astype(np.float32)
-        y = rng.integers(-4, 5, x.shape).astype(np.float32)
-        expected, given, maps = (x + y) @ filters[0, 0], filters, [x, y]
+    filters = rng.integers(-4, 5, (1, 1, channels, 68)).astype(np.float32)  # whole blocks, and a part of one
+    bias = rng.integers(-4, 5, 68).astype(np.float32)
+    many = range(outer_task.MOST_PIXELS + 1, outer_task.MOST_PIXELS + 32)
+    for images, pixels in (*((1, count) for count in many), *((30, count) for count in range(1, 8))):
+        maps = [rng.integers(-4, 5, (images, 1, pixels, channels)).astype(np.float32) for _ in range(2)]
+        maps[1] = maps[1][:, :, :1] if images > 1 else maps[1]  # repeated: then a task has the pixels of one image
+        residual = rng.integers(-900, 900, (images, 1, pixels, 68)).astype(np.float32)
+        expected, given = np.maximum((maps[0] + maps[1]) @ filters[0, 0] + bias + residual, 0), filters
         if layout == "NCHW":
-            maps = [np.ascontiguousarray(array.transpose(0, 3, 1, 2)) for array in maps]
-            given, expected = filters.transpose(3, 2, 0, 1), expected.transpose(0, 3, 1, 2)
-        np.testing.assert_array_equal(fo.add_conv(maps, given, layout=layout), expected)
+            *maps, residual, expected = (
+                np.ascontiguousarray(array.transpose(0, 3, 1, 2)) for array in (*maps, residual, expected)
+            )
+            given = filters.transpose(3, 2, 0, 1)
+        maps[1] = fo.Source(maps[1], upsample=(1, pixels)) if images > 1 else maps[1]
+        options = {"residual": residual, "activation": "relu", "layout": layout}
+        np.testing.assert_array_equal(fo.add_conv(maps, given, bias, **options), expected)
+
+
+@given(st.integers(1, 400), st.sampled_from([2, 6, 9, 14, 24]))
+def test_register_tiles_hold_all_rows_and_little_more(rows, mr):
+    short = shorter_tile(mr)
+    tall_tiles, short_tiles = tiles_of(rows, mr, short)
+    assert tall_tiles * mr + short_tiles * short == rows_of(rows, mr)
+    least = min(-(-max(0, rows - n * short) // mr) * mr + n * short for n in range(rows + 1))
+    assert rows <= rows_of(rows, mr) == least <= -(-rows // mr) * mr
+    assert tiles_of(49, 6, 4) == (7, 2)
 
 
 @pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
@@ -315,7 +342,7 @@ def test_no_number_of_cores_takes_longer_with_tiles_cut_for_it(pixels, limit, mr
 
         def rounds(extent: int, cores: int = cores) -> int:
             tasks = -(-pixels // extent) * parts
-            return -(-tasks // cores) * -(-extent // mr)
+            return -(-tasks // cores) * rows_of(extent, mr)
 
         assert rounds(tile) <= rounds(most)
     assert tile == most or -(-pixels // most) * parts < MANY_TASKS

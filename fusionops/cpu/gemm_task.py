@@ -101,7 +101,7 @@ def gemm_task(bits: int, mr: int, nv: int) -> int:
         count, end = tall + short_tiles, tall * mr + short_tiles * short
         outs, residuals, copy = scratch + p[at.AT_OUT], scratch + p[at.AT_RESIDUAL], scratch + p[at.AT_COPY]
         segments = scratch + p[at.AT_SEGMENTS]
-        place_rows(params, outs, residuals, n, p0, p1, q0, q1, end)
+        place_rows(params, outs, residuals, n, p0, p1, q0, q1, rows)
         channels, filters = p[at.C] // p[at.GROUPS], p[at.K] // p[at.GROUPS]
         blocks, rows_first = block1 - block0, p[at.ROWS_FIRST]
         group_filters = p[at.FILTERS] + group * p[at.FILTER_GROUP] * item

@@ -2,8 +2,9 @@
 
     sums[m,k] += merged[m,c] · w[c,k]      for one channel after the other
 
-Few pixels do not pay for filters that come from memory in pieces: all pixels are multiplied with a row of filters while
-it is at hand, and sums stay in L1 meanwhile. A task owns the pixels of a tile and one filter block. The order of a sum
+Few pixels do not pay for filters that come from memory in pieces: all pixels are multiplied with some rows of filters
+while they are at hand (those that groups of four leave over in a second pass, from L1 or L2), and sums stay in L1
+meanwhile. A task owns the pixels of a tile and one filter block. The order of a sum
 is that of `gemm_task`, so the bits are too. Chooses no extents.
 """
 

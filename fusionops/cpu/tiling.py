@@ -212,7 +212,7 @@ def shorter_tile(mr: int) -> int:
 def tiles_of(rows: int, mr: int, short: int) -> tuple[int, int]:
     """How many register tiles of mr rows and, after them, shorter ones hold `rows` with the fewest to spare."""
     tall_tiles, short_tiles = (rows + mr - 1) // mr, 0
-    for more in range(1, mr // 2):
+    for more in range(1, mr):
         fewer = max(0, (rows - more * short + mr - 1) // mr)
         if fewer * mr + more * short < tall_tiles * mr + short_tiles * short:
             tall_tiles, short_tiles = fewer, more
@@ -236,8 +236,8 @@ def even_tile(pixels: int, most: int, mr: int, parts: int) -> int:
     if fewest * parts >= MANY_TASKS:
         return most
 
-    def cost(tile: int) -> list[int]:  # in register tiles
-        return [tasks * -(-tile // mr) for tasks in rounds(-(-pixels // tile) * parts)]
+    def cost(tile: int) -> list[int]:  # in rows of register tiles
+        return [tasks * rows_of(tile, mr) for tasks in rounds(-(-pixels // tile) * parts)]
 
     longest = cost(most)
     tiles = (-(-pixels // count) for count in range(fewest, 2 * fewest))

@@ -160,7 +160,7 @@ def transform_outputs_task(taps: int) -> int:
 
 @functools.cache
 def winograd_task(mr: int, nv: int) -> int:
-    """Address of the task compiled for one register tile."""
+    """Address of the task compiled for one register tile and the shorter one."""
     width = nv * VECTOR_BYTES // ITEM
     short = shorter_tile(mr)
 
