@@ -202,9 +202,10 @@ def rounds(tasks: int) -> list[int]:
 
 
 def shorter_tile(mr: int) -> int:
-    """Rows of the other register tile: 4 beside 6, 8 beside 14, as fast a row (AVX2: 0.96 of the FMA peak both, in L1).
+    """Rows of the other register tile: 4 beside 6, 8 beside 14.
 
-    49 pixels of a product took 0.93 to 0.96 of the time with both, 32 rows 0.94 to 0.97 (9 interleaved rounds).
+    On AVX2 as fast a row, 0.96 of the FMA peak both in L1; on AVX-512 not measured. 49 pixels of a product took 0.93 to
+    0.96 of the time with both, 32 rows 0.94 to 0.97 (AVX2, 9 interleaved rounds).
     """
     return (mr + 2) // 2
 
