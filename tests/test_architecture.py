@@ -67,7 +67,7 @@ COMPILERS = {"njit", "jit", "cfunc", "vectorize", "guvectorize", "generated_jit"
 
 KERNEL_NAME = re.compile(
     r"(cpu|gpu)\.(?P<merge>add|concat)(_(?P<contraction>conv|dense))?_(?P<direction>fprop|dgrad|wgrad)"
-    r"_(?P<algorithm>stream|direct|gemm|igemm|winograd|depthwise|grouped|commuted)(_(?P<target>sm80|sm90|amx))?_(?P<dtype>f16|bf16|f32|f64|any)"
+    r"_(?P<algorithm>stream|direct|gemm|igemm|winograd|depthwise|grouped|commuted|dots)(_(?P<target>sm80|sm90|amx))?_(?P<dtype>f16|bf16|f32|f64|any)"
 )
 # An ignored check names what it ignores and, in the same line, why.
 BARE_IGNORE = re.compile(r"#\s*noqa(?!: [A-Z]+\d+(, [A-Z]+\d+)*  ?\S)|#\s*type:\s*ignore(?!\[[\w, -]+\]  # \S)")

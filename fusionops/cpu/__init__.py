@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fusionops.address import HEADERS_ARE_KNOWN
-from fusionops.cpu import amx, commuted, depthwise, direct, gemm, grouped, stream, winograd
+from fusionops.cpu import amx, commuted, depthwise, direct, dots, gemm, grouped, stream, winograd
 from fusionops.cpu.guard import Guards
 from fusionops.cpu.host import device, facts, reasons_unusable, warmup
 from fusionops.cpu.probe import copy_bandwidth, fma_peak
@@ -14,6 +14,7 @@ KERNELS = (
     *commuted.KERNELS,
     *depthwise.KERNELS,
     *grouped.KERNELS,
+    *dots.KERNELS,
     *gemm.KERNELS,
     *winograd.KERNELS,
     *direct.KERNELS,

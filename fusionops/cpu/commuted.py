@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from fusionops.cpu import gemm, launch
+from fusionops.cpu import dots, gemm, launch
 from fusionops.cpu.block import is_pointwise
 from fusionops.cpu.direct import common_reasons
 from fusionops.cpu.formats import FORMATS
@@ -163,6 +163,13 @@ def _of_channels(filters: Any, layout: Layout, first: int, last: int) -> Any:
     return filters[part]
 
 
+def slow(spec: FusionSpec, device: CpuDevice) -> tuple[str, ...]:
+    """Where dot products are taken: forming fewer saves little where maps are hardly multiplied."""
+    if any(not kernel.unsupported(spec) and not kernel.slow(spec, device) for kernel in dots.KERNELS):
+        return ("the sums of few filters are dot products",)
+    return ()
+
+
 def products(spec: FusionSpec) -> int:
     """Multiply-adds of each source at its own resolution."""
     stored = (source.shape for source in spec.sources)
@@ -187,7 +194,8 @@ def _kernel(dtype: str) -> Kernel:
             reasons.append("strict=True forbids a sum that forms other products")
         return tuple(reasons)
 
-    return Kernel(f"cpu.concat_conv_fprop_commuted_{FORMATS[dtype].suffix}", unsupported, plan, run, products=products)
+    name = f"cpu.concat_conv_fprop_commuted_{FORMATS[dtype].suffix}"
+    return Kernel(name, unsupported, plan, run, slow, products)
 
 
 KERNELS = tuple(_kernel(dtype) for dtype, form in FORMATS.items() if not form.is_narrow)

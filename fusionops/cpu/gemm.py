@@ -203,7 +203,7 @@ def cut(spec: FusionSpec, tiling: GemmTiling, words: Words, filters: Strides | N
         lanes = VECTOR_BYTES // tiling.item_bytes
         words[at.PITCH] = min(tiling.span, -(-tile_q // lanes) * lanes)
     words[at.READS_SOURCES] = (
-        not is_narrow and _has_one_source_a_channel(spec, words) and (tile_p == 1 or _rows_follow(words, tile_q))
+        not is_narrow and has_one_source_a_channel(spec, words) and (tile_p == 1 or _rows_follow(words, tile_q))
     )
     group_filters, channels, width = spec.conv.K // spec.conv.groups, spec.C // spec.conv.groups, tiling.width
     rows = None if filters is None or is_narrow else _channel_step(spec, filters, tiling.item_bytes)
@@ -226,7 +226,7 @@ def same_area(pixels: int, P: int, Q: int) -> tuple[int, int]:
     return max(1, min(P, pixels // max(1, tile_q))), max(1, tile_q)
 
 
-def _has_one_source_a_channel(spec: FusionSpec, words: Words) -> bool:
+def has_one_source_a_channel(spec: FusionSpec, words: Words) -> bool:
     """Whether each channel of the merged map is a channel of one source as it stands."""
     steps = words[at.SOURCES + at.S_C :: at.SOURCE_WORDS]
     alone = spec.merge is Merge.CONCAT or len(spec.sources) == 1

@@ -17,6 +17,7 @@ from fusionops.cpu import (
     concat_task,
     conv,
     depthwise,
+    dots_task,
     epilogue,
     gemm_task,
     grouped,
@@ -124,6 +125,7 @@ def warmup(progress: Callable[[int, int, str], None] | None = None) -> None:
         steps.append((f"groups {name} {pixels}x1", functools.partial(conv.conv_task, bits, pixels, 1, gaps=1)))
         steps.append((f"product {name} few pixels", functools.partial(outer_task.outer_task, bits)))
         steps.append((f"product {name} few filters", functools.partial(planes_task.planes_task, bits)))
+        steps.append((f"dot products {name}", functools.partial(dots_task.dots_task, bits)))
         tiles = {depthwise.register_tile(size, device()) for size in (1, 1 << 20)}
         steps += [
             (f"depthwise {name} {mr}x{nv}", functools.partial(depthwise.depthwise_task, bits, mr, nv))

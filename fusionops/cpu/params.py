@@ -44,6 +44,7 @@ ACTIVATION = 51
 SLOPE = 52  # float64 bits
 WIDTH = 53  # elements of a row of sums; a word, so that the epilogue is compiled once for all register tiles
 PITCH = 54  # columns of a loaded tile, or pixels of planes at a time
+SUMS_STEP = 55  # bytes from the sums of a filter to those of the next, where filters have rows of their own
 
 # Winograd, beside TILES_P and TILES_Q
 TILES, TASK_TILES, ROW_TILES = 57, 58, 59  # of all images; of a task; loaded at a time

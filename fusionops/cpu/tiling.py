@@ -94,8 +94,8 @@ class Tiling:
 
     @property
     def width(self) -> int:
-        """Elements of a micropanel row."""
-        return self.nv * VECTOR_BYTES // self.item_bytes
+        """Elements of a micropanel row; filters that no vectors hold are packed one by one."""
+        return max(1, self.nv * VECTOR_BYTES // self.item_bytes)
 
     @property
     def scratch_bytes(self) -> int:

@@ -105,8 +105,12 @@ DENSES = (
     dense("one_row", CONCAT, (32, 32), 64, rows=1, activation=RELU, source="Keras guide: Concatenate, then Dense"),
     dense("one_channel", ADD, (1, 1), 5),
     dense("one_channel", CONCAT, (1, 1), 5),
-    dense("one_filter", ADD, (9, 9), 1),
-    dense("one_filter", CONCAT, (9, 5), 1),
+    dense("one_filter", ADD, (9, 9), 1, dots=True),
+    dense("one_filter", CONCAT, (9, 5), 1, dots=True),
+    dense("one_filter_of_many_channels", CONCAT, (48, 16), 1, rows=37, dots=True, source="logistic regression"),
+    dense("few_filters", ADD, (70, 70), 4, rows=21, residual=Part(4), activation=RELU, dots=True),
+    dense("few_filters", CONCAT, (64, 17), 6, rows=5, dots=True),
+    dense("one_row_and_filter", ADD, (Part(19, weight="vector"), 19), 1, rows=1, dots=True),
     dense("one_source", ADD, (9,), 17),
     dense("one_source", CONCAT, (9,), 17),
     dense("five_sources", ADD, (9,) * 5, 17),
@@ -127,6 +131,7 @@ DENSES = (
     dense("gelu", CONCAT, (9, 7), 17, activation=Activation("gelu")),
 )
 
+DOTS = ("dots", "direct")
 DEPTHWISE = ("depthwise", "direct")
 GROUPED = ("grouped", "direct")
 
@@ -176,7 +181,28 @@ CONVS = (
     conv("leaky_relu", CONCAT, (6, 6), 21, activation=QUARTER_LEAKY),
     conv("pointwise_silu", CONCAT, (6, 6), 21, 1, 1, activation=Activation("silu"), algorithms=GEMM),
     *conv_both("few_filters", 9, 3, 1, 1, N=2, H=5, W=43, residual=Part(3), activation=RELU, algorithms=GEMM),
-    conv("few_filters_long", CONCAT, (600, 500), 2, 1, 1, N=3, H=4, W=5, algorithms=GEMM),
+    conv("few_filters_long", CONCAT, (600, 500), 2, 1, 1, N=3, H=4, W=5, algorithms=(*DOTS, "gemm")),
+    *conv_both("attention_gate", 32, 1, 1, 1, N=2, H=5, W=43, activation=Activation("sigmoid"), algorithms=DOTS),
+    conv("few_filters_in_place", CONCAT, (16, 48, 5), 3, 1, 1, H=3, W=71, residual=Part(3), algorithms=DOTS),
+    conv("few_filters_across_lanes", CONCAT, (9, 40), 6, 1, 1, H=7, W=30, algorithms=DOTS),
+    conv(
+        "few_filters_upsampled",
+        ADD,
+        (Part(20, (2, 2), "scalar"), Part(20, weight="vector")),
+        2,
+        1,
+        1,
+        H=24,
+        W=80,
+        algorithms=DOTS,
+    ),
+    conv("few_filters_side", ADD, (130,), 1, 1, 1, H=9, W=20, algorithms=DOTS, source="HED, side output"),
+    *conv_both("few_filters_of_taps", 9, 4, N=2, H=7, W=70, residual=Part(4), activation=RELU, algorithms=DOTS),
+    conv("one_filter_in_place", ADD, (24,), 1, H=40, W=67, algorithms=DOTS),
+    conv(
+        "few_filters_strided", CONCAT, (9, 8), 2, 5, 3, N=2, H=23, W=40, stride=(2, 2), dilation=(2, 1), algorithms=DOTS
+    ),
+    conv("few_filters_beyond_the_padding", ADD, (16,), 2, H=3, W=9, padding=((4, 3), (5, 4)), algorithms=DOTS),
     conv("planes", CONCAT, (1,) * 5, 1, 1, 1, H=9, W=40, source="HED, sides fused", algorithms=GEMM),
     conv("planes", ADD, (1, Part(1, (2, 2), "scalar")), 1, 1, 1, H=8, W=40, residual=Part(1), algorithms=GEMM),
     conv(

@@ -111,6 +111,7 @@ def dense(
     *,
     rows: int = 7,
     residual: Part | None = None,
+    dots: bool = False,
     source: str = "",
     **epilogue: Any,
 ) -> Problem:
@@ -125,7 +126,8 @@ def dense(
         strict=True,
         **{"bias": True} | epilogue,
     )
-    return Problem(f"{merge}_dense_{name}", spec, (f"cpu.{merge}_dense_fprop_gemm_f32",), source)
+    names = tuple(f"cpu.{merge}_dense_fprop_{algorithm}_f32" for algorithm in ["dots"] * dots + ["gemm"])
+    return Problem(f"{merge}_dense_{name}", spec, names, source)
 
 
 def join(
