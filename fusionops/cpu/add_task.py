@@ -19,6 +19,7 @@ from fusionops.cpu.simd import I64, Lanes, Tail, doubles, elements, word, words
 from fusionops.cpu.transpose import stack_words
 
 # Words of an add: these, the extents, then for each operand (output first) base, weight kind, weight, steps, factors.
+# PLAIN: 1 where contiguous runs of at most MOST_IN_TABLE sources are added and nothing else.
 SOURCES, DEPTH, ROWS, TASK_ROWS, PIECES, PIECE, PLAIN, NONTEMPORAL, ACTIVATION, SLOPE, CHANNEL = range(11)
 HEAD = 11
 
@@ -177,9 +178,9 @@ def add_general(bits, stored, params, row, first, count, buffer, spare):
     step = out[3 + depth - 1]
     to = out[0] + (operand_offset(params, 0, depth - 1, row) + first * step) * item
     if step == 1 and stored == bits:
-        finish_rows(bits, 1, to, 0, buffer, 0, count, 0, 0, 0, p[ACTIVATION], doubles(params)[SLOPE])
+        finish_rows(bits, 1, 1, to, 0, buffer, 0, count, 0, 0, 0, p[ACTIVATION], doubles(params)[SLOPE])
     else:
-        finish_rows(bits, 1, buffer, 0, buffer, 0, count, 0, 0, 0, p[ACTIVATION], doubles(params)[SLOPE])
+        finish_rows(bits, 1, 1, buffer, 0, buffer, 0, count, 0, 0, 0, p[ACTIVATION], doubles(params)[SLOPE])
         if step == 1:
             store_rows(bits, stored, to, 0, buffer, 0, 1, count)
         else:
@@ -224,18 +225,17 @@ def add_plain(bits, stored, params, row0, row1, start, end):
 
 
 @functools.cache
-def add_task(bits: int, stored: int) -> int:
-    """Address of the task of an add."""
+def add_task(bits: int, stored: int, is_plain: bool) -> int:
+    """Address of the task of an add; is_plain: of one whose PLAIN word is set, compiled in a fraction of the time."""
 
     def add(params, index, slot):
         p = words(params)
-        depth, sources = p[DEPTH], p[SOURCES]
-        inner = p[HEAD + depth - 1]
+        inner = p[HEAD + p[DEPTH] - 1]
         piece = index % p[PIECES]
         row0 = index // p[PIECES] * p[TASK_ROWS]
         row1 = min(p[ROWS], row0 + p[TASK_ROWS])
         start, end = piece * p[PIECE], min(inner, (piece + 1) * p[PIECE])
-        if p[PLAIN] and sources <= MOST_IN_TABLE:
+        if is_plain:
             add_plain(bits, stored, params, row0, row1, start, end)
         else:
             buffer, spare = stack_words(BLOCK), stack_words(BLOCK)

@@ -86,6 +86,12 @@ def is_pointwise(conv2d: Conv2d) -> bool:
     return (conv2d.R, conv2d.S) == (1, 1) and conv2d.padding == ((0, 0), (0, 0))
 
 
+def is_plain(words: Words) -> bool:
+    """Whether all sources have their channels side by side, and no weights."""
+    steps, weights = (words[at.SOURCES + place :: at.SOURCE_WORDS] for place in (at.S_C, at.S_WEIGHT))
+    return bool(np.all(steps == 1) and np.all(weights == at.WEIGHT_NONE))
+
+
 def _without_stride(
     sources: list[Steps], spec: FusionSpec, stride: tuple[int, int], extent: tuple[int, int]
 ) -> tuple[list[Steps], tuple[int, int], tuple[int, int]]:

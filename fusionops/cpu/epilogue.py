@@ -15,7 +15,7 @@ from numba.extending import intrinsic
 
 from fusionops.cpu import activation as activations
 from fusionops.cpu import params as at
-from fusionops.cpu.formats import load_element, round_element, store_rows
+from fusionops.cpu.formats import literals, load_element, round_element, store_rows
 from fusionops.cpu.jit import inline, task
 from fusionops.cpu.simd import (
     I64,
@@ -39,17 +39,20 @@ NOWHERE = -(1 << 62)  # stands for the place of a pixel that only fills up a reg
 
 
 @intrinsic(prefer_literal=True)
-def finish_rows(typing, bits, rows, to, places, sums, step, count, bias, residual, residual_places, activation, slope):
+def finish_rows(
+    typing, bits, curved, rows, to, places, sums, step, count, bias, residual, residual_places, activation, slope
+):
     """to[places[r] + i] = activation(sums[r·step + i] + bias[i] + residual[residual_places[r] + i]) for i < count.
 
-    One run of channels for each r < rows. Address 0 stands for no bias, no residual, and for places of r·step.
+    One run of channels for each r < rows. Address 0 stands for no bias, no residual, and for places of r·step. Literal:
+    bits, and whether the activation may be another than a straight one.
     """
-    if not isinstance(bits, types.IntegerLiteral):
+    if not literals(bits, curved):
         return None
-    signature = types.void(bits, *[types.intp] * 10, types.float64)
+    signature = types.void(bits, curved, *[types.intp] * 10, types.float64)
 
     def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        _, rows, to, places, sums, step, count, bias, residual, residual_places, activation, slope = args
+        rows, to, places, sums, step, count, bias, residual, residual_places, activation, slope = args[2:]
         lanes = Lanes(b, bits.literal_value)
         has_bias, has_residual = (b.icmp_signed("!=", address, word(0)) for address in (bias, residual))
         first_to, first_sum, bias, first_residual = (lanes.pointer(address) for address in (to, sums, bias, residual))
@@ -84,9 +87,9 @@ def finish_rows(typing, bits, rows, to, places, sums, step, count, bias, residua
 
         done = b.append_basic_block("finished")
         choice = b.switch(activation, done)
-        for name, code in activations.CODES.items():
+        for name in activations.CODES if curved.literal_value else activations.STRAIGHT:
             block = b.append_basic_block(f"activation_{name}")
-            choice.add_case(word(code), block)
+            choice.add_case(word(activations.CODES[name]), block)
             b.position_at_end(block)
             run(name)
             b.branch(done)
@@ -164,9 +167,9 @@ def finish_tile(params, sums, step, out_at, residual_at, copy, count, k0, channe
 
 
 @functools.cache
-def tile_finisher(bits: int, stored: int) -> int:
-    """Address of the code of `finish_tile`."""
-    item, size = bits // 8, stored // 8
+def tile_finisher(bits: int, stored: int, curved: bool) -> int:
+    """Address of the code of `finish_tile`, for straight activations or for all."""
+    item, size, any_activation = bits // 8, stored // 8, int(curved)
     is_narrow = stored < bits
 
     def finish(params, sums, step, out_at, residual_at, copy, count, k0, channels, in_place):
@@ -183,7 +186,7 @@ def tile_finisher(bits: int, stored: int) -> int:
                 residual, residual_at = copy, 0
             else:
                 residual = p[at.RESIDUAL] + k0 * item
-        finish_rows(bits, count, to, places, sums, step, channels, bias, residual, residual_at,
+        finish_rows(bits, any_activation, count, to, places, sums, step, channels, bias, residual, residual_at,
                     p[at.ACTIVATION], doubles(params)[at.SLOPE])  # fmt: skip
         if is_narrow and not in_place:
             places = words(out_at)

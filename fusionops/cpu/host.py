@@ -98,14 +98,19 @@ def warmup(progress: Callable[[int, int, str], None] | None = None) -> None:
     steps: list[tuple[str, Callable[[], object]]] = [("threads", threads.prepare), ("guards", guard.prepare)]
     for name, form in FORMATS.items():
         for what, make in {
-            "add": add_task.add_task,
             "filter packing": conv.pack_task,
-            "epilogue": epilogue.tile_finisher,
             "store": epilogue.tile_scatterer,
         }.items():
             steps.append((f"{what} {name}", functools.partial(make, form.bits, form.stored)))
-        load = functools.partial(prologue.tile_loader, form.bits, form.bits, form.stored)
-        steps.append((f"tile load {name}", load))
+        for kind, is_simple in (("plain", True), ("any", False)):
+            finish = functools.partial(epilogue.tile_finisher, form.bits, form.stored, not is_simple)
+            load = functools.partial(prologue.tile_loader, form.bits, form.bits, form.stored, is_simple)
+            add = functools.partial(add_task.add_task, form.bits, form.stored, is_simple)
+            steps += [
+                (f"{kind} add {name}", add),
+                (f"{kind} epilogue {name}", finish),
+                (f"{kind} tile load {name}", load),
+            ]
         if form.bits == winograd_task.BITS:
             steps += [
                 (
@@ -132,6 +137,7 @@ def warmup(progress: Callable[[int, int, str], None] | None = None) -> None:
             for mr, nv in tiles
         ]
     steps.append(("winograd inputs", winograd_task.transform_inputs_task))
+    steps.append(("winograd outputs around the caches", winograd_task.store_around_task))
     steps += [
         (f"winograd outputs {taps}x{taps}", functools.partial(winograd_task.transform_outputs_task, taps))
         for taps in TAPS
@@ -140,7 +146,9 @@ def warmup(progress: Callable[[int, int, str], None] | None = None) -> None:
         stored = FORMATS["bfloat16"].stored
         steps.append(("tiles of bfloat16", amx_task.amx_task))
         steps.append(("filter packing for tiles", amx_task.pack_task))
-        steps.append(("tile load for tiles", functools.partial(prologue.tile_loader, 32, stored, stored)))
+        for kind, is_simple in (("plain", True), ("any", False)):
+            load = functools.partial(prologue.tile_loader, 32, stored, stored, is_simple)
+            steps.append((f"{kind} tile load for tiles", load))
     steps.append(("concat", concat_task.concat_task))
     for done, (what, compile_it) in enumerate(steps):
         if progress:

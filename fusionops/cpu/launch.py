@@ -16,9 +16,9 @@ import numpy as np
 
 from fusionops import kernel
 from fusionops.address import address
+from fusionops.cpu import activation, stream, threads
 from fusionops.cpu import params as at
-from fusionops.cpu import stream, threads
-from fusionops.cpu.block import Strides, Words, block, filter_words, weight_word, widened
+from fusionops.cpu.block import Strides, Words, block, filter_words, is_plain, weight_word, widened
 from fusionops.cpu.epilogue import tile_finisher, tile_scatterer
 from fusionops.cpu.formats import FORMATS
 from fusionops.cpu.memory import WORKSPACE, Area, allocate
@@ -103,8 +103,10 @@ def prepare(
     """The fixed words with the machine code they are for; filters None stands for packed ones."""
     words = block(spec, tiling, sources, out, residual)
     stored = FORMATS[spec.dtype].stored
-    words[at.LOAD_TILE] = tile_loader(tiling.bits, tiling.kept, stored)
-    words[[at.FINISH_TILE, at.SCATTER_TILE]] = tile_finisher(tiling.bits, stored), tile_scatterer(tiling.bits, stored)
+    words[at.LOAD_TILE] = tile_loader(tiling.bits, tiling.kept, stored, is_plain(words))
+    words[at.FINISH_TILE] = tile_finisher(tiling.bits, stored, activation.is_curved(spec.activation))
+    if words[at.OUT_K] != 1:
+        words[at.SCATTER_TILE] = tile_scatterer(tiling.bits, stored)
     tasks, in_place = algorithm.cut(spec, tiling, words, filters)
     places = [at.SOURCES + at.SOURCE_WORDS * j for j in range(len(sources))]
     places += [at.FILTERS] * (filters is not None) + [at.BIAS] * spec.bias + [at.RESIDUAL] * (residual is not None)

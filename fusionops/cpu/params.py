@@ -69,7 +69,7 @@ ROW_SUMS, BLOCK_SUMS = 78, 79  # pixels from one row of sums to the next, where 
 
 # More of Winograd
 TAPS, OUTPUTS = 80, 81  # extents of a section's filters and of a tile
-TRANSFORM_INPUTS, TRANSFORM_OUTPUTS = 82, 83  # procedures
+TRANSFORM_INPUTS, TRANSFORM_OUTPUTS, STORE_AROUND = 82, 83, 56  # procedures
 PATCHES = 84  # of each tile: one for every section of the filters
 
 SOURCES = 85

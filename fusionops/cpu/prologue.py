@@ -81,6 +81,63 @@ def merge_rows(
     return signature, codegen
 
 
+@intrinsic(prefer_literal=True)
+def add_rows(typing, bits, kept, stored, to, to_step, source, step, rows, count, accumulate):
+    """merge_rows without weights: to[r·to_step + i] (+)= source[r·step + i], rounded to `stored`.
+
+    Where elements are stored as they are computed with, a row is taken by the largest power of two of elements in it,
+    up to a vector, and the last part of it ends where the row does and may overlap the one before: no vector is masked.
+    """
+    if not literals(bits, kept, stored):
+        return None
+    signature = types.void(bits, kept, stored, *[types.intp] * 7)
+
+    def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        to, to_step, source, step, rows, count, accumulate = args[3:]
+        whole = Lanes(b, bits.literal_value)
+
+        def run(lanes: Lanes, resume: bool) -> None:
+            here, there = Stored(lanes, kept.literal_value), Stored(lanes, stored.literal_value)
+            with cgutils.for_range(b, rows) as r:
+                line = b.gep(here.pointer(to), [b.mul(r.index, to_step)])
+                row = b.gep(there.pointer(source), [b.mul(r.index, step)])
+
+                def value(offset: ir.Value, tail: Tail | None = None) -> ir.Value:
+                    loaded = there.load(b.gep(row, [offset]), tail)
+                    return there.round(b.fadd(here.load(b.gep(line, [offset]), tail), loaded)) if resume else loaded
+
+                def move(offset: ir.Value, tail: Tail | None) -> None:
+                    here.store(value(offset, tail), b.gep(line, [offset]), tail)
+
+                if there.is_narrow:
+                    vector_loop(b, lanes, count, move)
+                else:
+                    end = b.sub(count, word(lanes.count))
+                    last = value(end) if resume else None  # before the part that it overlaps is stored
+                    with cgutils.for_range(b, b.sdiv(b.sub(count, word(1)), word(lanes.count))) as part:
+                        move(b.mul(part.index, word(lanes.count)), None)
+                    here.store(last or value(end), b.gep(line, [end]))
+
+        def by_parts(elements: int, resume: bool) -> None:
+            with b.if_else(b.icmp_signed(">=", count, word(elements))) as (these, fewer):
+                with these:
+                    run(Lanes(b, whole.bits, elements * whole.item_bytes), resume)
+                with fewer:
+                    if elements > 1:
+                        by_parts(elements // 2, resume)
+
+        with b.if_else(b.icmp_signed("!=", accumulate, word(0))) as branches:
+            for branch, resume in zip(branches, (True, False), strict=True):
+                with branch:
+                    if Stored(whole, stored.literal_value).is_narrow:
+                        run(whole, resume)
+                    else:
+                        by_parts(whole.count, resume)
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
 @spliced
 def merge_strided(bits, kept, stored, to, source, step, count, weight, factor, weights, accumulate):
     """merge_rows for one run of channels that are `step` apart, element by element."""
@@ -139,6 +196,22 @@ def merge_transposed(
 
 
 @spliced
+def add_line(bits, kept, stored, line, depth, row, step_w, w_from, w_to, up_w, count, accumulate):
+    """merge_line for channels side by side and no weight."""
+    item, size = kept // 8, stored // 8
+    is_one_run = up_w == 1 and count == depth and step_w == depth
+    w = w_from
+    while w < w_to:  # all pixels at once, or one that is repeated, up_w times but at the tile's edges
+        column, end, step = w // up_w, w_to, step_w
+        if up_w > 1:
+            end, step = min(w_to, (column + 1) * up_w), 0
+        rows, run = (1, (end - w) * depth) if is_one_run else (end - w, count)
+        add_rows(bits, kept, stored, line + (w - w_from) * depth * item, depth, row + column * step_w * size, step,
+                 rows, run, accumulate)  # fmt: skip
+        w = end
+
+
+@spliced
 def merge_line(
     bits, kept, stored, line, depth, row, step_w, step_c, stored_w, w_from, w_to, up_w, count, weight, factor, weights,
     accumulate,
@@ -176,8 +249,11 @@ def load_tile(params, to, pitch, n, h0, rows, w0, cols, c0, depth):
 
 
 @functools.cache
-def tile_loader(bits: int, kept: int, stored: int) -> int:
-    """Address of the code of `load_tile`: what is stored in one format is kept in another."""
+def tile_loader(bits: int, kept: int, stored: int, is_plain: bool) -> int:
+    """Address of the code of `load_tile`: what is stored in one format is kept in another.
+
+    is_plain   whether channels lie side by side and have no weights; compiles in less than half the time
+    """
     item, size = kept // 8, stored // 8
 
     def load(params, to, pitch, n, h0, rows, w0, cols, c0, depth):
@@ -211,8 +287,11 @@ def tile_loader(bits: int, kept: int, stored: int) -> int:
                     for channel in range(min(VECTOR_BYTES // (bits // 8), count)):
                         prefetch_read(ahead + channel * s[at.S_C] * size, ((w_to - w_from) // up_w + 1) * size)
                 line = to + ((h - h_from) * pitch * depth + c_from - c0) * item
-                merge_line(bits, kept, stored, line, depth, base + (h // up_h) * s[at.S_H] * size, step_w, s[at.S_C],
-                           p[at.W] // up_w, w_from, w_to, up_w, count,
-                           weight, factor, weights, is_add and j > 0)  # fmt: skip
+                row = base + (h // up_h) * s[at.S_H] * size
+                if is_plain:
+                    add_line(bits, kept, stored, line, depth, row, step_w, w_from, w_to, up_w, count, is_add and j > 0)
+                else:
+                    merge_line(bits, kept, stored, line, depth, row, step_w, s[at.S_C], p[at.W] // up_w, w_from, w_to,
+                               up_w, count, weight, factor, weights, is_add and j > 0)  # fmt: skip
 
     return task(load)

@@ -21,7 +21,7 @@ from fusionops import kernel
 from fusionops.address import address
 from fusionops.axes import Strides, add_grid, row_step
 from fusionops.cpu import activation, threads
-from fusionops.cpu.add_task import HEAD, add_task, operand_words
+from fusionops.cpu.add_task import HEAD, MOST_IN_TABLE, PLAIN, add_task, operand_words
 from fusionops.cpu.block import WEIGHT_KINDS, weight_word, widened
 from fusionops.cpu.concat_task import (
     AROUND,
@@ -112,8 +112,10 @@ def add_block(
     depth = len(space.extents)
     size = operand_words(depth)
     plain = spec.activation is None and all(source.weight is None for source in spec.sources)
-    plain = plain and all(
-        step[-1] == 1 and factor[-1] == 1 for step, factor in zip(space.steps, space.factors, strict=True)
+    plain = (
+        plain
+        and len(spec.sources) <= MOST_IN_TABLE
+        and all(step[-1] == 1 and factor[-1] == 1 for step, factor in zip(space.steps, space.factors, strict=True))
     )
     words = np.zeros(HEAD + depth + size * len(space.steps), np.int64)
     slope = spec.activation.parameters[0] if spec.activation and spec.activation.parameters else 0.0
@@ -140,7 +142,7 @@ def run_add(spec: FusionSpec, config: StreamConfig, operands: Operands, out: np.
         words[start + j * size] = address(source)
     for j, weight in enumerate(operands.weights, 1):
         words[start + j * size + 2] = weight_word(weight)
-    task = add_task(form.bits, form.stored)
+    task = add_task(form.bits, form.stored, bool(words[PLAIN]))
     threads.parallel_for(task, words.buffer_info()[0], tasks, threads.get_num_threads(), config.flops)
 
 
@@ -150,7 +152,7 @@ def replay_add(spec: FusionSpec, config: StreamConfig, strides: kernel.Strides) 
     form = FORMATS[spec.dtype]
     first, size = HEAD + fixed[1], operand_words(fixed[1])
     places = [first + j * size for j in (*range(1, len(spec.sources) + 1), 0)]
-    return _replay(add_task(form.bits, form.stored), fixed, tasks, places, config.flops)
+    return _replay(add_task(form.bits, form.stored, bool(fixed[PLAIN])), fixed, tasks, places, config.flops)
 
 
 def _replay(task: int, words: array[int], tasks: int, places: list[int], flops: float) -> Replay:

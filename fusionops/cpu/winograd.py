@@ -36,6 +36,7 @@ from fusionops.cpu.winograd_task import (
     BITS,
     ITEM,
     pack_task,
+    store_around_task,
     transform_inputs_task,
     transform_outputs_task,
     winograd_task,
@@ -220,6 +221,8 @@ def cut(spec: FusionSpec, tiling: WinogradTiling, words: Words, filters: Strides
         tiles_p, tiles_q, tiles, tiling.tiles, tiling.row_tiles)  # fmt: skip
     words[at.PITCH] = tiling.pitch
     words[at.AROUND] = tiling.around and words[at.OUT_K] == 1
+    if words[at.AROUND]:
+        words[at.STORE_AROUND] = store_around_task()
     words[[at.TAPS, at.OUTPUTS, at.PATCHES]] = taps_of(spec.conv), tiling.outputs, tiling.patches
     words[[at.TRANSFORM_INPUTS, at.TRANSFORM_OUTPUTS]] = (
         transform_inputs_task(), transform_outputs_task(taps_of(spec.conv)))  # fmt: skip

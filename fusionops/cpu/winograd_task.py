@@ -114,14 +114,21 @@ def place_outputs(params, outs, residuals, n, p0, q0, count):
     return rows, cols
 
 
-@inline
-def store_around(params, finished, outs, rows, cols, k0, count):
-    """Stores `count` filters of finished pixels around the caches, a line of pixels at once where that is all."""
-    p = words(params)
-    to = words(outs)
-    at_once = cols if p[at.OUT_Q] == count else 1
-    for i in range(0, rows * cols, at_once):
-        copy_around(p[at.OUT] + (to[i] + k0) * ITEM, finished + i * count * ITEM, at_once * count * ITEM)
+@functools.cache
+def store_around_task() -> int:
+    """Address of the procedure that stores `count` filters of finished pixels around the caches.
+
+    A line of pixels at once where these are all filters.
+    """
+
+    def store_around(params, finished, outs, rows, cols, k0, count):
+        p = words(params)
+        to = words(outs)
+        at_once = cols if p[at.OUT_Q] == count else 1
+        for i in range(0, rows * cols, at_once):
+            copy_around(p[at.OUT] + (to[i] + k0) * ITEM, finished + i * count * ITEM, at_once * count * ITEM)
+
+    return task(store_around)
 
 
 @functools.cache
@@ -232,7 +239,7 @@ def winograd_task(mr: int, nv: int) -> int:
                 if p[at.OUT_K] != 1:
                     scatter_tile(params, finished, outs, rows * cols, k0, used)
             if p[at.AROUND]:
-                store_around(params, finished, outs, rows, cols, block0 * width, pixel)
+                call(p[at.STORE_AROUND], params, finished, outs, rows, cols, block0 * width, pixel)
             tile += count
 
     return task(winograd)
