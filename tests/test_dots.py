@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -44,6 +47,17 @@ def test_few_filters_are_dot_products_where_they_fill_vectors(channels, K, taps,
     assert plan.kernel == f"cpu.concat_conv_fprop_{algorithm}_f32"
 
 
+@pytest.mark.parametrize(
+    ("taps", "side", "dtype", "options"),
+    [((3, 3), 12, np.float32, {"dilation": (2, 1)}), ((1, 7), 12, np.float32, {}), ((3, 3), 4, np.float32, {}),
+     ((13, 13), 20, np.float32, {}), ((3, 3), 12, np.float64, {})],
+)  # fmt: skip
+def test_six_filters_are_dot_products_where_winograd_cannot_run(taps, side, dtype, options):
+    rng = np.random.default_rng(7)
+    x, f = (array.astype(dtype) for array in (*maps(rng, 64, H=side, W=side), filters(rng, 64, 6, *taps)))
+    assert "_dots_" in fo.explain("add_conv", [x], f, padding="same", **options).kernel
+
+
 def test_pixels_side_by_side_are_vectors_of_pixels():
     rng = np.random.default_rng(7)
     sources, f = maps(rng, 32, 32, nchw=True), filters(rng, 64, 2, nchw=True)
@@ -73,6 +87,55 @@ def test_sources_read_in_place_make_the_bits_of_a_merged_map(channels, taps):
     assert fo.concat_conv(apart, f, padding="same").tobytes() == expected.tobytes()
     assert fo.concat_conv(sources, fo.prepack(f), padding="same").tobytes() == expected.tobytes()
     assert fo.concat_conv(sources, f, padding="same", strict=True).tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("K", [1, 16])
+def test_a_negative_zero_does_not_depend_on_where_filters_lie(K):
+    """Products that vanish leave their sign to the sum: filters of −0 are read in place and packed alike."""
+    x, f = np.full((1, 1, 40, 32), -1e-30, np.float32), np.full((1, 1, 32, K), 1e-30, np.float32)
+    x[..., 16:], f[:, :, 16:] = 1, -0.0
+    apart = np.repeat(f, 2, axis=2)[:, :, ::2]
+    results = [fo.concat_conv([x], given) for given in (f, fo.prepack(f), apart)]
+    assert len({result.tobytes() for result in results}) == 1
+
+
+AT_A_PAGE = """
+import ctypes, mmap, numpy as np, fusionops as fo
+
+memory = []
+def at_the_end(array):
+    pages = -(-array.nbytes // mmap.PAGESIZE)
+    memory.append(mmap.mmap(-1, (pages + 1) * mmap.PAGESIZE))
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory[-1]))
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(address + pages * mmap.PAGESIZE), mmap.PAGESIZE, 0) == 0
+    place = np.frombuffer(memory[-1], array.dtype, array.size, pages * mmap.PAGESIZE - array.nbytes)
+    place = place.reshape(array.shape)
+    place[...] = array
+    return place
+
+for taps in (1, 3):
+    for width in (1, 2, 3, 5, 70):
+        for channels in (16, 21, 35):
+            x = at_the_end(np.ones((1, 3, width, channels), np.float32))
+            f, b = at_the_end(np.ones((taps, taps, channels, 1), np.float32)), at_the_end(np.ones(1, np.float32))
+            for sources in ([x], [x, x]):
+                out = at_the_end(np.zeros((1, 3, width, 1), np.float32))
+                fo.add_conv(sources, f, b, padding="same", out=out)
+                assert out[0, 1, width // 2, 0] == 1 + len(sources) * channels * taps * min(taps, width)
+"""
+
+
+def test_nothing_beyond_an_array_is_read():
+    """Sources, filters and results end where memory does; a process of its own, which would end there too."""
+    ran = subprocess.run([sys.executable, "-c", AT_A_PAGE], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+
+
+def test_a_table_has_room_for_all_runs():
+    wide, tall = (conv("many", Merge.CONCAT, (16,) * sources, 1, taps, taps, H=20, W=20).spec
+                  for sources, taps in ((40, 1), (2, 11)))  # fmt: skip
+    assert dots.plan(wide, AVX2_LAPTOP).areas[-1] >= 40 * 24
+    assert dots.plan(tall, AVX2_LAPTOP).areas[-1] >= 11 * 24
 
 
 def test_a_commuted_convolution_leaves_few_filters_to_dot_products():

@@ -178,9 +178,9 @@ def add_general(bits, stored, params, row, first, count, buffer, spare):
     step = out[3 + depth - 1]
     to = out[0] + (operand_offset(params, 0, depth - 1, row) + first * step) * item
     if step == 1 and stored == bits:
-        finish_rows(bits, 1, 1, to, 0, buffer, 0, count, 0, 0, 0, p[ACTIVATION], doubles(params)[SLOPE])
+        finish_rows(bits, 0, 1, to, 0, buffer, 0, count, 0, 0, 0, p[ACTIVATION], doubles(params)[SLOPE])
     else:
-        finish_rows(bits, 1, 1, buffer, 0, buffer, 0, count, 0, 0, 0, p[ACTIVATION], doubles(params)[SLOPE])
+        finish_rows(bits, 0, 1, buffer, 0, buffer, 0, count, 0, 0, 0, p[ACTIVATION], doubles(params)[SLOPE])
         if step == 1:
             store_rows(bits, stored, to, 0, buffer, 0, 1, count)
         else:

@@ -202,6 +202,7 @@ def pack_task(bits: int, stored: int) -> int:
         source = p[1] + (group * filters + k0) * step_k * (stored // 8)
         to = elements(bits, p[0] + index * R * S * channels * width * item)
         part_channels, part_filters = channels // p[13], filters // p[13]
+        zero = 0.0 if p[13] > 1 else GAP  # beside gaps −0 becomes 0; else every filter is kept as it is
         at_row = 0
         for c0 in range(0, channels, depth):
             for r in range(R):
@@ -216,7 +217,7 @@ def pack_task(bits: int, stored: int) -> int:
                                 to[at_row + k] = GAP
                         here = r * step_r + s * step_s + c % part_channels * step_c
                         for k in range(first, end):
-                            to[at_row + k] = load_element(stored, source, here + k * step_k) + 0.0  # −0 becomes 0
+                            to[at_row + k] = load_element(stored, source, here + k * step_k) + zero
                         for k in range(used, width):
                             to[at_row + k] = 0
                         at_row += width

@@ -6,12 +6,12 @@ when it is worth it, and how the work is cut up; `dots_task` holds the code of a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
 
-from fusionops.cpu import conv, launch
+from fusionops.cpu import conv, launch, winograd
 from fusionops.cpu import params as at
 from fusionops.cpu.block import Strides, Words, filter_words, is_pointwise
 from fusionops.cpu.direct import common_reasons
@@ -21,7 +21,6 @@ from fusionops.cpu.gemm import has_one_source_a_channel
 from fusionops.cpu.microkernel import SEGMENT_WORDS
 from fusionops.cpu.simd import VECTOR_BYTES
 from fusionops.cpu.tiling import ENOUGH_TILES, SCRATCH_LIMIT, WORD_BYTES, Tiling, balanced, whole_lines
-from fusionops.cpu.winograd import FEWEST_TERMS
 from fusionops.device import CpuDevice
 from fusionops.kernel import Kernel
 from fusionops.spec import Conv2d, Dense, FusionSpec, Layout, Merge, filter_reach
@@ -33,12 +32,11 @@ MOST_FILTERS = 6
 # 0.95 to 1.45; 1 to 5 filters of 3×3 to 7×7 0.27 to 0.86, and 1.0 to 1.2 in three where it counts more (AVX2).
 VECTOR_STEPS, LANES_STEPS, STORE_STEPS = 1.25, 5, 20
 # Where Winograd would run: 4 filters took 0.86 to 0.90 of its time, 5 0.91 to 1.11, 6 1.03 to 1.23 (AVX2).
-MOST_FILTERS_OF_TAPS = 4
+MOST_BESIDE_WINOGRAD = 4
 # Of the merged map under an output tile. 32 KiB took 1.12 times as long over 21 problems, 64 1.04, 256 0.98 (AVX2, 512
 # KiB of L2, 5 interleaved rounds).
 TILE_BYTES, MOST_TILE_BYTES = 1 << 17, SCRATCH_LIMIT // 2
-FEWEST_PIXELS = 16
-WIDEST_TILE = 64
+SMALL_TILE, WIDE_TILE = 16, 64  # outputs of a tile that is not cut further, and of its rows
 AREAS = (at.AT_SUMS, at.AT_OUT, at.AT_COPY, at.AT_SEGMENTS)
 
 
@@ -65,8 +63,8 @@ class DotsTiling(Tiling):
 
     @property
     def line(self) -> int:
-        """Elements of a row of sums: whole groups of pixels, wherever they begin."""
-        return self.tile_q + PIXELS
+        """Elements of a row of sums: the last group of pixels may end beyond it."""
+        return self.tile_q + PIXELS - 1
 
     @property
     def areas(self) -> tuple[int, ...]:
@@ -88,19 +86,19 @@ def plan(spec: FusionSpec, device: CpuDevice) -> DotsTiling:
         source.upsample != (1, 1) for source in (*spec.sources, *filter(None, [spec.residual]))
     )
     P, Q = (1, spec.N * spec.P * spec.Q) if is_flat else (spec.P, spec.Q)
-    most = max(FEWEST_PIXELS, spec.N * spec.P * spec.Q // ENOUGH_TILES)
-    tile_q = min(Q, most if is_flat else WIDEST_TILE)
+    most = max(SMALL_TILE, spec.N * spec.P * spec.Q // ENOUGH_TILES)
+    tile_q = min(Q, most if is_flat else WIDE_TILE)
     tile_p = balanced(P, max(1, most // max(1, tile_q)))
     while True:
         tile_q = balanced(Q, tile_q)
         rows, cols = (
             min(extent, (tile - 1) * stride + filter_reach(taps, dilation))  # what lies beyond the map is not loaded
             for extent, tile, stride, taps, dilation in zip(
-                (spec.H, Q if is_flat else spec.W), (tile_p, tile_q), conv2d.stride, (conv2d.R, conv2d.S),
-                conv2d.dilation, strict=True,
+                (spec.H, Q if is_flat else spec.W), (tile_p, tile_q), (1, 1) if is_flat else conv2d.stride,
+                (conv2d.R, conv2d.S), conv2d.dilation, strict=True,
             )
         )  # fmt: skip
-        if rows * cols * spec.C * item <= (TILE_BYTES if tile_p * tile_q > FEWEST_PIXELS else MOST_TILE_BYTES):
+        if rows * cols * spec.C * item <= (TILE_BYTES if tile_p * tile_q > SMALL_TILE else MOST_TILE_BYTES):
             break
         tile_p, tile_q = (-(-tile_p // 2), tile_q) if 4 * tile_p >= tile_q and tile_p > 1 else (tile_p, -(-tile_q // 2))
     return DotsTiling(
@@ -150,6 +148,10 @@ def _are_in_place(spec: FusionSpec, tiling: DotsTiling, filters: Strides) -> boo
 DOTS = launch.Algorithm("dots", cut, lambda tiling: dots_task(tiling.bits), conv.pack_task)
 
 
+def _runs_winograd(spec: FusionSpec, device: CpuDevice) -> bool:
+    return any(not kernel.unsupported(spec) and not kernel.slow(spec, device) for kernel in winograd.KERNELS)
+
+
 def slow(spec: FusionSpec, device: CpuDevice) -> tuple[str, ...]:
     """Why vectors of filters, or of pixels, would be faster."""
     conv2d, lanes = spec.conv, VECTOR_BYTES // FORMATS[spec.dtype].computed_bytes
@@ -159,8 +161,8 @@ def slow(spec: FusionSpec, device: CpuDevice) -> tuple[str, ...]:
             return ("the pixels of a channel lie side by side, and vectors of pixels need no sum of lanes",)
         if terms < lanes:  # maps of one channel each have their pixels side by side too
             return (f"a pixel has {terms} channels, which do not fill a vector",)
-    elif conv2d.K > MOST_FILTERS_OF_TAPS and terms >= FEWEST_TERMS:
-        return (f"there are {conv2d.K} filters, {MOST_FILTERS_OF_TAPS} take less in dot products than in patches",)
+    elif conv2d.K > MOST_BESIDE_WINOGRAD and _runs_winograd(replace(spec, strict=False), device):
+        return (f"there are {conv2d.K} filters, up to {MOST_BESIDE_WINOGRAD} take less time than Winograd",)
     ours = conv2d.K * (VECTOR_STEPS * conv2d.R * -(-conv2d.S * spec.C // lanes) + LANES_STEPS)
     others = terms + is_pointwise(conv2d) * STORE_STEPS
     return (f"is estimated to take {ours / others:.2f} of the time of vectors of filters",) if ours > others else ()
@@ -178,11 +180,9 @@ def _kernel(merge: Merge, contraction: type[Conv2d] | type[Dense], dtype: str) -
             reasons.append(f"there are {conv2d.groups} groups, needs one")
         if conv2d.dilation[1] != 1:
             reasons.append(f"columns of the filters have a dilation of {conv2d.dilation[1]}, needs 1")
-        row = filter_reach(conv2d.R, conv2d.dilation[0]) * (FEWEST_PIXELS * conv2d.stride[1] + conv2d.S)
+        row = filter_reach(conv2d.R, conv2d.dilation[0]) * (SMALL_TILE * conv2d.stride[1] + conv2d.S)
         if row * spec.C * FORMATS[spec.dtype].computed_bytes > MOST_TILE_BYTES:
-            reasons.append(
-                f"{FEWEST_PIXELS} outputs read {row} pixels of {spec.C} channels, more than a thread may keep"
-            )
+            reasons.append(f"{SMALL_TILE} outputs read {row} pixels of {spec.C} channels, more than a thread may keep")
         return tuple(reasons)
 
     word = "conv" if contraction is Conv2d else "dense"

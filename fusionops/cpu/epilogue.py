@@ -40,16 +40,16 @@ NOWHERE = -(1 << 62)  # stands for the place of a pixel that only fills up a reg
 
 @intrinsic(prefer_literal=True)
 def finish_rows(
-    typing, bits, curved, rows, to, places, sums, step, count, bias, residual, residual_places, activation, slope
+    typing, bits, plain, rows, to, places, sums, step, count, bias, residual, residual_places, activation, slope
 ):
     """to[places[r] + i] = activation(sums[r·step + i] + bias[i] + residual[residual_places[r] + i]) for i < count.
 
     One run of channels for each r < rows. Address 0 stands for no bias, no residual, and for places of r·step. Literal:
-    bits, and whether the activation may be another than a straight one.
+    bits, and whether the activation is none or one of the relus: no code is made for the others.
     """
-    if not literals(bits, curved):
+    if not literals(bits, plain):
         return None
-    signature = types.void(bits, curved, *[types.intp] * 10, types.float64)
+    signature = types.void(bits, plain, *[types.intp] * 10, types.float64)
 
     def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Any:
         rows, to, places, sums, step, count, bias, residual, residual_places, activation, slope = args[2:]
@@ -87,7 +87,7 @@ def finish_rows(
 
         done = b.append_basic_block("finished")
         choice = b.switch(activation, done)
-        for name in activations.CODES if curved.literal_value else activations.STRAIGHT:
+        for name in activations.RELUS if plain.literal_value else activations.CODES:
             block = b.append_basic_block(f"activation_{name}")
             choice.add_case(word(activations.CODES[name]), block)
             b.position_at_end(block)
@@ -167,9 +167,9 @@ def finish_tile(params, sums, step, out_at, residual_at, copy, count, k0, channe
 
 
 @functools.cache
-def tile_finisher(bits: int, stored: int, curved: bool) -> int:
-    """Address of the code of `finish_tile`, for straight activations or for all."""
-    item, size, any_activation = bits // 8, stored // 8, int(curved)
+def tile_finisher(bits: int, stored: int, is_plain: bool) -> int:
+    """Address of the code of `finish_tile`; is_plain: for no activation but the relus."""
+    item, size, plain = bits // 8, stored // 8, int(is_plain)
     is_narrow = stored < bits
 
     def finish(params, sums, step, out_at, residual_at, copy, count, k0, channels, in_place):
@@ -186,7 +186,7 @@ def tile_finisher(bits: int, stored: int, curved: bool) -> int:
                 residual, residual_at = copy, 0
             else:
                 residual = p[at.RESIDUAL] + k0 * item
-        finish_rows(bits, any_activation, count, to, places, sums, step, channels, bias, residual, residual_at,
+        finish_rows(bits, plain, count, to, places, sums, step, channels, bias, residual, residual_at,
                     p[at.ACTIVATION], doubles(params)[at.SLOPE])  # fmt: skip
         if is_narrow and not in_place:
             places = words(out_at)

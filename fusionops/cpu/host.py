@@ -102,10 +102,10 @@ def warmup(progress: Callable[[int, int, str], None] | None = None) -> None:
             "store": epilogue.tile_scatterer,
         }.items():
             steps.append((f"{what} {name}", functools.partial(make, form.bits, form.stored)))
-        for kind, is_simple in (("plain", True), ("any", False)):
-            finish = functools.partial(epilogue.tile_finisher, form.bits, form.stored, not is_simple)
-            load = functools.partial(prologue.tile_loader, form.bits, form.bits, form.stored, is_simple)
-            add = functools.partial(add_task.add_task, form.bits, form.stored, is_simple)
+        for kind, is_plain in (("plain", True), ("any", False)):
+            finish = functools.partial(epilogue.tile_finisher, form.bits, form.stored, is_plain)
+            load = functools.partial(prologue.tile_loader, form.bits, form.bits, form.stored, is_plain)
+            add = functools.partial(add_task.add_task, form.bits, form.stored, is_plain)
             steps += [
                 (f"{kind} add {name}", add),
                 (f"{kind} epilogue {name}", finish),
@@ -146,8 +146,8 @@ def warmup(progress: Callable[[int, int, str], None] | None = None) -> None:
         stored = FORMATS["bfloat16"].stored
         steps.append(("tiles of bfloat16", amx_task.amx_task))
         steps.append(("filter packing for tiles", amx_task.pack_task))
-        for kind, is_simple in (("plain", True), ("any", False)):
-            load = functools.partial(prologue.tile_loader, 32, stored, stored, is_simple)
+        for kind, is_plain in (("plain", True), ("any", False)):
+            load = functools.partial(prologue.tile_loader, 32, stored, stored, is_plain)
             steps.append((f"{kind} tile load for tiles", load))
     steps.append(("concat", concat_task.concat_task))
     for done, (what, compile_it) in enumerate(steps):

@@ -104,7 +104,7 @@ def prepare(
     words = block(spec, tiling, sources, out, residual)
     stored = FORMATS[spec.dtype].stored
     words[at.LOAD_TILE] = tile_loader(tiling.bits, tiling.kept, stored, is_plain(words))
-    words[at.FINISH_TILE] = tile_finisher(tiling.bits, stored, activation.is_curved(spec.activation))
+    words[at.FINISH_TILE] = tile_finisher(tiling.bits, stored, activation.is_plain(spec.activation))
     if words[at.OUT_K] != 1:
         words[at.SCATTER_TILE] = tile_scatterer(tiling.bits, stored)
     tasks, in_place = algorithm.cut(spec, tiling, words, filters)

@@ -45,6 +45,7 @@ SLOPE = 52  # float64 bits
 WIDTH = 53  # elements of a row of sums; a word, so that the epilogue is compiled once for all register tiles
 PITCH = 54  # columns of a loaded tile, or pixels of planes at a time
 SUMS_STEP = 55  # bytes from the sums of a filter to those of the next, where filters have rows of their own
+STORE_AROUND = 56  # procedure of Winograd
 
 # Winograd, beside TILES_P and TILES_Q
 TILES, TASK_TILES, ROW_TILES = 57, 58, 59  # of all images; of a task; loaded at a time
@@ -69,7 +70,7 @@ ROW_SUMS, BLOCK_SUMS = 78, 79  # pixels from one row of sums to the next, where 
 
 # More of Winograd
 TAPS, OUTPUTS = 80, 81  # extents of a section's filters and of a tile
-TRANSFORM_INPUTS, TRANSFORM_OUTPUTS, STORE_AROUND = 82, 83, 56  # procedures
+TRANSFORM_INPUTS, TRANSFORM_OUTPUTS = 82, 83  # procedures
 PATCHES = 84  # of each tile: one for every section of the filters
 
 SOURCES = 85

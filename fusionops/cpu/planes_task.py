@@ -82,7 +82,7 @@ def finish_plane(bits, params, sums, spare, copy, n, h, w, count, k):
     step = p[at.OUT_Q]
     out = p[at.OUT] + (n * p[at.OUT_N] + h * p[at.OUT_P] + w * step + k * p[at.OUT_K]) * item
     to = out if step == 1 else sums
-    finish_rows(bits, 1, 1, to, 0, sums, 0, count, 0, residual, 0, p[at.ACTIVATION], doubles(params)[at.SLOPE])
+    finish_rows(bits, 0, 1, to, 0, sums, 0, count, 0, residual, 0, p[at.ACTIVATION], doubles(params)[at.SLOPE])
     if step != 1:
         there = elements(bits, out)
         for i in range(count):

@@ -83,7 +83,7 @@ def merge_rows(
 
 @intrinsic(prefer_literal=True)
 def add_rows(typing, bits, kept, stored, to, to_step, source, step, rows, count, accumulate):
-    """merge_rows without weights: to[r·to_step + i] (+)= source[r·step + i], rounded to `stored`.
+    """merge_rows without weights, of one element at least: to[r·to_step + i] (+)= source[r·step + i], sums rounded.
 
     Where elements are stored as they are computed with, a row is taken by the largest power of two of elements in it,
     up to a vector, and the last part of it ends where the row does and may overlap the one before: no vector is masked.
@@ -271,18 +271,13 @@ def tile_loader(bits: int, kept: int, stored: int, is_plain: bool) -> int:
             count = c_to - c_from
             if count <= 0:
                 continue
-            weight, factor, weights = s[at.S_WEIGHT], 1.0, 0
-            if weight == at.WEIGHT_SCALAR:
-                factor = doubles(here)[at.S_FACTOR]
-            elif weight == at.WEIGHT_VECTOR:
-                weights = s[at.S_FACTOR] + (c_from - first) * (bits // 8)
             base = s[at.S_BASE] + (n * s[at.S_N] + (c_from - first) * s[at.S_C]) * size
             up_h, up_w, step_w = s[at.S_UP_H], s[at.S_UP_W], s[at.S_W]
             for h in range(h_from, h_to):
                 if step_w == count and h + up_h < h_to:  # the next row, whose start no hardware prefetcher guesses
                     ahead = base + ((h + up_h) // up_h * s[at.S_H] + w_from // up_w * step_w) * size
                     prefetch_read(ahead, (w_to - w_from) // up_w * count * size)
-                elif step_w == 1 and s[at.S_C] != 1 and h + up_h < h_to:
+                elif not is_plain and step_w == 1 and s[at.S_C] != 1 and h + up_h < h_to:
                     ahead = base + ((h + up_h) // up_h * s[at.S_H] + w_from // up_w) * size
                     for channel in range(min(VECTOR_BYTES // (bits // 8), count)):
                         prefetch_read(ahead + channel * s[at.S_C] * size, ((w_to - w_from) // up_w + 1) * size)
@@ -291,6 +286,11 @@ def tile_loader(bits: int, kept: int, stored: int, is_plain: bool) -> int:
                 if is_plain:
                     add_line(bits, kept, stored, line, depth, row, step_w, w_from, w_to, up_w, count, is_add and j > 0)
                 else:
+                    weight, factor, weights = s[at.S_WEIGHT], 1.0, 0
+                    if weight == at.WEIGHT_SCALAR:
+                        factor = doubles(here)[at.S_FACTOR]
+                    elif weight == at.WEIGHT_VECTOR:
+                        weights = s[at.S_FACTOR] + (c_from - first) * (bits // 8)
                     merge_line(bits, kept, stored, line, depth, row, step_w, s[at.S_C], p[at.W] // up_w, w_from, w_to,
                                up_w, count, weight, factor, weights, is_add and j > 0)  # fmt: skip
 
