@@ -234,7 +234,7 @@ def test_precision_is_refused_where_it_does_not_exist():
 
 
 ONE = full(1, 1, 4, 5)
-WIDE, WIDE_F, DOT = full(1, 22, 20, 32), full(3, 3, 32, 5), full(1, 1, 1, 32)
+WIDE, WIDE_F, DOT = full(1, 22, 20, 32), full(3, 3, 32, 9), full(1, 1, 1, 32)
 CHOSEN = [
     ("add_f32", lambda: fo.explain(fo.add, [X, X]), "cpu.add_fprop_stream_f32"),
     ("add_f64", lambda: fo.explain(fo.add, [full(3, dtype=np.float64)]), "cpu.add_fprop_stream_f64"),
@@ -251,6 +251,12 @@ CHOSEN = [
     ("strided", lambda: fo.explain(fo.add_conv, [WIDE], WIDE_F, stride=2), "cpu.add_conv_fprop_direct_f32"),
     ("dilated", lambda: fo.explain(fo.add_conv, [WIDE], WIDE_F, dilation=2), "cpu.add_conv_fprop_direct_f32"),
     ("few_tiles", lambda: fo.explain(fo.add_conv, [WIDE[:, 16:, :14]] * 9, WIDE_F), "cpu.add_conv_fprop_direct_f32"),
+    ("few_filters", lambda: fo.explain(fo.add_conv, [WIDE], WIDE_F[..., :4]), "cpu.add_conv_fprop_dots_f32"),
+    (
+        "few_filters_strict",
+        lambda: fo.explain(fo.add_conv, [WIDE], WIDE_F[..., :4], strict=True),
+        "cpu.add_conv_fprop_dots_f32",
+    ),
     ("few_taps", lambda: fo.explain(fo.add_conv, [DOT], WIDE_F, padding=1), "cpu.add_conv_fprop_direct_f32"),
     ("pointwise", lambda: fo.explain(fo.add_conv, [X, X], ONE), "cpu.add_conv_fprop_gemm_f32"),
     ("pointwise_same", lambda: fo.explain(fo.concat_conv, [X], ONE, padding="same"), "cpu.concat_conv_fprop_gemm_f32"),
