@@ -176,3 +176,7 @@ class Kernel:
     products: Callable[[FusionSpec], int] | None = None
     replay: Callable[[FusionSpec, Any, Strides], Replay | None] = lambda spec, config, strides: None
     lacking: Callable[[Any], tuple[str, ...]] = lambda device: ()
+
+    def takes(self, spec: FusionSpec, device: Any) -> bool:
+        """Whether it can run `spec` and is not slow at it."""
+        return not (self.unsupported(spec) or self.lacking(device) or self.slow(spec, device))

@@ -17,7 +17,7 @@ import numpy as np
 from fusionops.cpu import launch
 from fusionops.cpu import params as at
 from fusionops.cpu.amx_task import CHANNELS, FILTERS, ITEM, PIXELS, SUM, amx_task, pack_task
-from fusionops.cpu.block import Strides, Words, is_pointwise
+from fusionops.cpu.block import Strides, Words, is_flat, is_pointwise
 from fusionops.cpu.direct import common_reasons
 from fusionops.cpu.formats import BF16
 from fusionops.cpu.gemm import same_area
@@ -106,7 +106,7 @@ def _best(spec: FusionSpec) -> tuple[int, AmxTiling]:
 
 def _tilings(spec: FusionSpec) -> Iterator[tuple[int, AmxTiling]]:
     """Ways to cut the output up, each with the sums it takes."""
-    P, Q = (1, spec.N * spec.P * spec.Q) if _is_flat(spec) else (spec.P, spec.Q)
+    P, Q = (1, spec.N * spec.P * spec.Q) if is_flat(spec) else (spec.P, spec.Q)
     for width in {max(1, min(Q, width)) for width in (Q if max(WIDTHS) >= Q else TILE_PIXELS, *WIDTHS)}:
         pixels, tile_q = TILE_PIXELS, width
         while True:
@@ -118,14 +118,9 @@ def _tilings(spec: FusionSpec) -> Iterator[tuple[int, AmxTiling]]:
         yield tiling.line_sums * -(-P // tile_p) * -(-Q // tile_q), tiling
 
 
-def _is_flat(spec: FusionSpec) -> bool:
-    every = (*spec.sources, *filter(None, [spec.residual]))
-    return is_pointwise(spec.conv) and all(source.upsample == (1, 1) for source in every)
-
-
 def _tiling(spec: FusionSpec, tile_p: int, tile_q: int) -> AmxTiling:
     conv = spec.conv
-    stride = (1, 1) if _is_flat(spec) else conv.stride
+    stride = (1, 1) if is_flat(spec) else conv.stride
     rows, pitch = (
         (tile - 1) * step + filter_reach(taps, dilation)
         for tile, step, taps, dilation in zip((tile_p, tile_q), stride, (conv.R, conv.S), conv.dilation, strict=True)
@@ -136,7 +131,7 @@ def _tiling(spec: FusionSpec, tile_p: int, tile_q: int) -> AmxTiling:
         bits=32, mr=PIXELS, nv=FILTERS * SUM // 64, depth=depth, chunks=-(-spec.C // depth), blocks=blocks,
         task_blocks=balanced(blocks, TASK_FILTERS // FILTERS),
         packed_elements=blocks * FILTERS * _padded(spec.C) * conv.R * conv.S * ITEM // SUM,
-        tile_p=tile_p, tile_q=tile_q, is_flat=_is_flat(spec),
+        tile_p=tile_p, tile_q=tile_q, is_flat=is_flat(spec),
         region=rows * pitch + PIXELS * stride[1], line_sums=_lines(tile_p, tile_q, pitch, stride)[1],
     )  # fmt: skip
 

@@ -55,7 +55,7 @@ def block(
     stride, padding = conv2d.stride, conv2d.padding
     if is_pointwise(conv2d):
         sources, stride, (H, W) = _without_stride(sources, spec, stride, (H, W))
-        if stride == (1, 1) and residual_up == (1, 1) and all(s.upsample == (1, 1) for s in spec.sources):
+        if is_flat(spec):
             (N, P, Q), sources, to, residual_steps = _flattened((N, P, Q), sources, to, residual_steps)
             H, W = P, Q
     words = np.zeros(at.SOURCES + at.SOURCE_WORDS * len(sources), np.int64)
@@ -84,6 +84,12 @@ def block(
 def is_pointwise(conv2d: Conv2d) -> bool:
     """A 1×1 filter without padding: pixels have no neighbours."""
     return (conv2d.R, conv2d.S) == (1, 1) and conv2d.padding == ((0, 0), (0, 0))
+
+
+def is_flat(spec: FusionSpec) -> bool:
+    """Whether the pixels of all images are one row, as far as strides allow: without neighbours, nothing upsampled."""
+    every = (*spec.sources, *filter(None, [spec.residual]))
+    return is_pointwise(spec.conv) and all(source.upsample == (1, 1) for source in every)
 
 
 def is_plain(words: Words) -> bool:

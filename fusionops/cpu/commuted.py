@@ -165,7 +165,7 @@ def _of_channels(filters: Any, layout: Layout, first: int, last: int) -> Any:
 
 def slow(spec: FusionSpec, device: CpuDevice) -> tuple[str, ...]:
     """Where dot products are taken: forming fewer saves little where maps are hardly multiplied."""
-    if any(not kernel.unsupported(spec) and not kernel.slow(spec, device) for kernel in dots.KERNELS):
+    if any(kernel.takes(spec, device) for kernel in dots.KERNELS):
         return ("the sums of few filters are dot products",)
     return ()
 

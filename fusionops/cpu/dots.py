@@ -13,7 +13,7 @@ import numpy as np
 
 from fusionops.cpu import conv, launch, winograd
 from fusionops.cpu import params as at
-from fusionops.cpu.block import Strides, Words, filter_words, is_pointwise
+from fusionops.cpu.block import Strides, Words, filter_words, is_flat, is_pointwise
 from fusionops.cpu.direct import common_reasons
 from fusionops.cpu.dots_task import PIXELS, dots_task
 from fusionops.cpu.formats import FORMATS
@@ -82,19 +82,17 @@ class DotsTiling(Tiling):
 def plan(spec: FusionSpec, device: CpuDevice) -> DotsTiling:
     """Tiles of outputs whose merged map stays in L2."""
     conv2d, item = spec.conv, FORMATS[spec.dtype].computed_bytes
-    is_flat = is_pointwise(conv2d) and not any(
-        source.upsample != (1, 1) for source in (*spec.sources, *filter(None, [spec.residual]))
-    )
-    P, Q = (1, spec.N * spec.P * spec.Q) if is_flat else (spec.P, spec.Q)
+    flat = is_flat(spec)
+    P, Q = (1, spec.N * spec.P * spec.Q) if flat else (spec.P, spec.Q)
     most = max(SMALL_TILE, spec.N * spec.P * spec.Q // ENOUGH_TILES)
-    tile_q = min(Q, most if is_flat else WIDE_TILE)
+    tile_q = min(Q, most if flat else WIDE_TILE)
     tile_p = balanced(P, max(1, most // max(1, tile_q)))
     while True:
         tile_q = balanced(Q, tile_q)
         rows, cols = (
             min(extent, (tile - 1) * stride + filter_reach(taps, dilation))  # what lies beyond the map is not loaded
             for extent, tile, stride, taps, dilation in zip(
-                (spec.H, Q if is_flat else spec.W), (tile_p, tile_q), (1, 1) if is_flat else conv2d.stride,
+                (spec.H, Q if flat else spec.W), (tile_p, tile_q), (1, 1) if flat else conv2d.stride,
                 (conv2d.R, conv2d.S), conv2d.dilation, strict=True,
             )
         )  # fmt: skip
@@ -148,10 +146,6 @@ def _are_in_place(spec: FusionSpec, tiling: DotsTiling, filters: Strides) -> boo
 DOTS = launch.Algorithm("dots", cut, lambda tiling: dots_task(tiling.bits), conv.pack_task)
 
 
-def _runs_winograd(spec: FusionSpec, device: CpuDevice) -> bool:
-    return any(not kernel.unsupported(spec) and not kernel.slow(spec, device) for kernel in winograd.KERNELS)
-
-
 def slow(spec: FusionSpec, device: CpuDevice) -> tuple[str, ...]:
     """Why vectors of filters, or of pixels, would be faster."""
     conv2d, lanes = spec.conv, VECTOR_BYTES // FORMATS[spec.dtype].computed_bytes
@@ -161,8 +155,10 @@ def slow(spec: FusionSpec, device: CpuDevice) -> tuple[str, ...]:
             return ("the pixels of a channel lie side by side, and vectors of pixels need no sum of lanes",)
         if terms < lanes:  # maps of one channel each have their pixels side by side too
             return (f"a pixel has {terms} channels, which do not fill a vector",)
-    elif conv2d.K > MOST_BESIDE_WINOGRAD and _runs_winograd(replace(spec, strict=False), device):
-        return (f"there are {conv2d.K} filters, up to {MOST_BESIDE_WINOGRAD} take less time than Winograd",)
+    elif conv2d.K > MOST_BESIDE_WINOGRAD:
+        relaxed = replace(spec, strict=False)
+        if any(kernel.takes(relaxed, device) for kernel in winograd.KERNELS):
+            return (f"there are {conv2d.K} filters, up to {MOST_BESIDE_WINOGRAD} take less time than Winograd",)
     ours = conv2d.K * (VECTOR_STEPS * conv2d.R * -(-conv2d.S * spec.C // lanes) + LANES_STEPS)
     others = terms + is_pointwise(conv2d) * STORE_STEPS
     return (f"is estimated to take {ours / others:.2f} of the time of vectors of filters",) if ours > others else ()

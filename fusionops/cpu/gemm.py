@@ -10,7 +10,7 @@ import numpy as np
 
 from fusionops.cpu import conv, gemm_task, launch, outer_task, planes_task
 from fusionops.cpu import params as at
-from fusionops.cpu.block import Strides, Words, is_pointwise
+from fusionops.cpu.block import Strides, Words, is_flat, is_pointwise
 from fusionops.cpu.direct import common_reasons
 from fusionops.cpu.formats import FORMATS
 from fusionops.cpu.microkernel import SEGMENT_WORDS
@@ -168,16 +168,16 @@ def plan(spec: FusionSpec, device: CpuDevice) -> GemmTiling:
     blocks = -(-filters // width)
     task_blocks = balanced(blocks, max(1, TASK_FILTERS // width)) if task is Task.TILES else 1
 
-    is_flat = not any(source.upsample != (1, 1) for source in (*spec.sources, *filter(None, [spec.residual])))
-    P, Q = (1, spec.N * spec.P * spec.Q) if is_flat else (spec.P, spec.Q)
+    flat = is_flat(spec)
+    P, Q = (1, spec.N * spec.P * spec.Q) if flat else (spec.P, spec.Q)
     tasks_of_filters = conv2d.groups * -(-blocks // task_blocks)
     most = PLANE_PIXELS if task is Task.PLANES else TILE_PIXELS
     wanted = min(most, max(SMALLEST_TILE_PIXELS, pixels * tasks_of_filters // ENOUGH_TILES))
     tile_q = balanced(Q, -(-wanted // mr) * mr)
     tile_p = balanced(P, max(1, wanted // tile_q))
-    tiles = conv2d.groups * -(-P // tile_p) * -(-Q // tile_q) * (1 if is_flat else spec.N)
+    tiles = conv2d.groups * -(-P // tile_p) * -(-Q // tile_q) * (1 if flat else spec.N)
     task_blocks = enough_parts(blocks, task_blocks, tiles)
-    if task is Task.TILES and is_flat:
+    if task is Task.TILES and flat:
         tile_q = even_tile(Q, tile_q, mr, conv2d.groups * -(-blocks // task_blocks))
     while True:
         tiling = GemmTiling(

@@ -196,18 +196,25 @@ def merge_transposed(
 
 
 @spliced
-def add_line(bits, kept, stored, line, depth, row, step_w, w_from, w_to, up_w, count, accumulate):
-    """merge_line for channels side by side and no weight."""
+def merge_runs(
+    bits, kept, stored, is_plain, line, depth, row, step_w, w_from, w_to, up_w, count, weight, factor, weights,
+    accumulate,
+):  # fmt: skip
+    """merge_line for channels side by side; is_plain: without weights."""
     item, size = kept // 8, stored // 8
-    is_one_run = up_w == 1 and count == depth and step_w == depth
+    is_one_run = up_w == 1 and count == depth and step_w == depth and weight != at.WEIGHT_VECTOR
     w = w_from
     while w < w_to:  # all pixels at once, or one that is repeated, up_w times but at the tile's edges
         column, end, step = w // up_w, w_to, step_w
         if up_w > 1:
             end, step = min(w_to, (column + 1) * up_w), 0
         rows, run = (1, (end - w) * depth) if is_one_run else (end - w, count)
-        add_rows(bits, kept, stored, line + (w - w_from) * depth * item, depth, row + column * step_w * size, step,
-                 rows, run, accumulate)  # fmt: skip
+        to, source = line + (w - w_from) * depth * item, row + column * step_w * size
+        if is_plain:
+            add_rows(bits, kept, stored, to, depth, source, step, rows, run, accumulate)
+        else:
+            merge_rows(bits, kept, stored, stored, to, depth, source, step, rows, run, weight, factor, weights,
+                       accumulate)  # fmt: skip
         w = end
 
 
@@ -227,16 +234,8 @@ def merge_line(
             merge_strided(bits, kept, stored, line + (w - w_from) * depth * item, row + w // up_w * step_w * size,
                           step_c, count, weight, number, weights, accumulate)  # fmt: skip
     else:
-        is_one_run = up_w == 1 and count == depth and step_w == depth and weight != at.WEIGHT_VECTOR
-        w = w_from
-        while w < w_to:  # all pixels at once, or one that is repeated, up_w times but at the tile's edges
-            column, end, step = w // up_w, w_to, step_w
-            if up_w > 1:
-                end, step = min(w_to, (column + 1) * up_w), 0
-            rows, run = (1, (end - w) * depth) if is_one_run else (end - w, count)
-            merge_rows(bits, kept, stored, stored, line + (w - w_from) * depth * item, depth,
-                       row + column * step_w * size, step, rows, run, weight, factor, weights, accumulate)  # fmt: skip
-            w = end
+        merge_runs(bits, kept, stored, False, line, depth, row, step_w, w_from, w_to, up_w, count, weight, factor,
+                   weights, accumulate)  # fmt: skip
 
 
 @inline
@@ -284,7 +283,8 @@ def tile_loader(bits: int, kept: int, stored: int, is_plain: bool) -> int:
                 line = to + ((h - h_from) * pitch * depth + c_from - c0) * item
                 row = base + (h // up_h) * s[at.S_H] * size
                 if is_plain:
-                    add_line(bits, kept, stored, line, depth, row, step_w, w_from, w_to, up_w, count, is_add and j > 0)
+                    merge_runs(bits, kept, stored, True, line, depth, row, step_w, w_from, w_to, up_w, count,
+                               at.WEIGHT_NONE, 1.0, 0, is_add and j > 0)  # fmt: skip
                 else:
                     weight, factor, weights = s[at.S_WEIGHT], 1.0, 0
                     if weight == at.WEIGHT_SCALAR:
