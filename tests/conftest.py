@@ -100,3 +100,16 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     for need, tests in config.stash[NOT_RUN].items():
         terminalreporter.write_line(f"{need}: {len(tests)} tests not run ({NEEDS[need][1]()})", yellow=True)
+
+
+@pytest.fixture
+def around(monkeypatch):
+    """Outputs of every size are stored around the caches, whatever the host's are."""
+    from fusionops import dispatch, perform
+    from fusionops.cpu import stream
+
+    monkeypatch.setattr(stream, "goes_around", lambda spec, device: True)
+    monkeypatch.setattr(perform, "_REPEATED", {})
+    dispatch.choose.cache_clear()  # what is remembered is planned for the host
+    yield
+    dispatch.choose.cache_clear()

@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fusionops as fo
-from fusionops import dispatch, perform
 from fusionops.address import address
 from fusionops.cpu import amx, commuted, device, gemm, jit, outer_task, stream, threads
 from fusionops.cpu.tiling import (
@@ -30,16 +29,6 @@ from fusionops.problems import conv
 from fusionops.spec import FusionSpec, Merge, SourceSpec
 
 LARGE = 1 << 20  # float32 elements of an output that many tasks store
-
-
-@pytest.fixture
-def around(monkeypatch):
-    """Outputs of every size are stored around the caches, whatever the host's are."""
-    monkeypatch.setattr(stream, "goes_around", lambda spec, device: True)
-    monkeypatch.setattr(perform, "_REPEATED", {})
-    dispatch.choose.cache_clear()  # what is remembered is planned for the host
-    yield
-    dispatch.choose.cache_clear()
 
 
 def test_outputs_go_around_the_caches_where_no_near_one_holds_them():

@@ -7,6 +7,7 @@ stands beside it in units of 2⁻²⁴, before the rounding of its evaluation.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -127,6 +128,32 @@ def code(activation: Activation | None) -> int:
 def is_plain(activation: Activation | None) -> bool:
     """Whether it is none, or one of the relus."""
     return activation is None or activation.name in RELUS
+
+
+def relu_terms(v: Lanes, code: ir.Value, slope: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """What makes `any_relu` the one of RELUS with this code: the factor of negatives, the least and the largest result.
+
+    code, slope   an int64, and a vector that only leaky_relu reads
+    """
+    b = v.b
+
+    def among(*names: str) -> ir.Value:
+        found = [b.icmp_signed("==", code, ir.Constant(code.type, CODES[name])) for name in names]
+        return functools.reduce(b.or_, found)
+
+    return (
+        b.select(among("leaky_relu"), slope, v.constant(1.0)),
+        b.select(among("relu", "relu6"), v.constant(0.0), v.constant(-math.inf)),
+        b.select(among("relu6"), v.constant(6.0), v.constant(math.inf)),
+    )
+
+
+def any_relu(v: Lanes, x: ir.Value, terms: tuple[ir.Value, ir.Value, ir.Value]) -> ir.Value:
+    """What `apply` makes of x, bit for bit, without code for each of RELUS."""
+    factor, least, largest = terms
+    x = v.b.select(v.below(x, v.constant(0.0)), v.b.fmul(x, factor), x)
+    x = v.b.select(v.below(x, least), least, x)
+    return v.b.select(v.below(largest, x), largest, x)
 
 
 def apply(name: str | None, v: Lanes, x: ir.Value, slope: ir.Value) -> ir.Value:

@@ -10,18 +10,23 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from fusionops.cpu import activation as activations
 from fusionops.cpu import params as at
+from fusionops.cpu.concat_task import AROUND, LINE_WORDS, WOVEN, copy_rows, stream_lines
 from fusionops.cpu.epilogue import finish_rows
 from fusionops.cpu.formats import Stored, literals, store_rows
-from fusionops.cpu.jit import inline, task
+from fusionops.cpu.jit import inline, spliced, task
 from fusionops.cpu.prologue import merge_rows
-from fusionops.cpu.simd import I64, Lanes, Tail, doubles, elements, word, words
+from fusionops.cpu.simd import I64, VECTOR_BYTES, Lanes, Tail, doubles, elements, word, words
 from fusionops.cpu.transpose import stack_words
 
 # Words of an add: these, the extents, then for each operand (output first) base, weight kind, weight, steps, factors.
-# PLAIN: 1 where contiguous runs of at most MOST_IN_TABLE sources are added and nothing else.
-SOURCES, DEPTH, ROWS, TASK_ROWS, PIECES, PIECE, PLAIN, NONTEMPORAL, ACTIVATION, SLOPE, CHANNEL = range(11)
-HEAD = 11
+SOURCES, DEPTH, ROWS, TASK_ROWS, PIECES, PIECE, WAY, STORES, ACTIVATION, SLOPE, CHANNEL, AT_ONCE = range(12)
+HEAD = 12
+# How it adds: through a buffer, whatever the steps and the activation; contiguous runs of at most MOST_IN_TABLE sources
+# in registers, with weights and relus; those without.
+GENERAL, RUNS, SUMS = range(3)
+# Runs are stored as those of a concat are: THROUGH the caches, AROUND them, or WOVEN.
 
 BLOCK = 1024  # elements of the buffer that a general add goes through: 4 to 8 KiB, a small part of L1
 UNROLL = 4  # vectors in flight; 8 gained nothing
@@ -32,23 +37,36 @@ def operand_words(depth: int) -> int:
 
 
 @intrinsic(prefer_literal=True)
-def add_run(typing, bits, stored, to, table, sources, count, nontemporal):
-    """to[i] = ((x0[i] + x1[i]) + x2[i]) + … for contiguous runs whose addresses stand in `table`."""
-    if not literals(bits, stored):
+def add_run(typing, bits, stored, way, to, table, first, sources, count, nontemporal, weights, activation, slope):
+    """to[i] = act( (w0·x0[first + i] + w1·x1[first + i]) + … ) for contiguous runs whose addresses stand in `table`.
+
+    bits, stored, way   literal; SUMS: there are no weights and no activation, and the last three are not read
+    weights             for each source a word with the address of its first weight, and one with their step: 0 or 1
+    """
+    if not literals(bits, stored, way):
         return None
-    signature = types.void(bits, stored, *[types.intp] * 5)
+    signature = types.void(bits, stored, way, *[types.intp] * 8, types.float64)
 
     def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        address, table, sources, count, nontemporal = args[2:]
-        lanes = Lanes(b, bits.literal_value)
+        address, table, first, sources, count, nontemporal, weights, activation, slope = args[3:]
+        lanes, is_sum = Lanes(b, bits.literal_value), way.literal_value == SUMS
         there = Stored(lanes, stored.literal_value)
-        to, table = there.pointer(address), b.inttoptr(table, I64.as_pointer())
+        to, table, weights = there.pointer(address), *(b.inttoptr(w, I64.as_pointer()) for w in (table, weights))
         sums = [cgutils.alloca_once(b, lanes.type) for _ in range(UNROLL)]
+        slopes = lanes.splat(b.fptrunc(slope, lanes.scalar) if lanes.bits == 32 else slope)
+        terms = None if is_sum else activations.relu_terms(lanes, activation, slopes)
 
         def span(offset: ir.Value, vectors: int, tail: Tail | None, store: Any) -> None:
+            offsets = [b.add(b.add(first, offset), word(v * lanes.count)) for v in range(vectors)]
+
             def load(source: ir.Value, v: int) -> ir.Value:
-                place = b.gep(there.pointer(b.load(b.gep(table, [source]))), [b.add(offset, word(v * lanes.count))])
-                return there.load(place, tail)
+                place = b.gep(there.pointer(b.load(b.gep(table, [source]))), [offsets[v]])
+                value = there.load(place, tail)
+                if is_sum:
+                    return value
+                start, step = (b.load(b.gep(weights, [b.add(b.mul(source, word(2)), word(k))])) for k in range(2))
+                weight = lanes.load_part(b.gep(lanes.pointer(start), [b.mul(offsets[v], step)]), tail)
+                return there.round(b.fmul(value, weight))
 
             for v in range(vectors):
                 b.store(load(word(0), v), sums[v])
@@ -56,7 +74,9 @@ def add_run(typing, bits, stored, to, table, sources, count, nontemporal):
                 for v in range(vectors):
                     b.store(there.round(b.fadd(b.load(sums[v]), load(j.index, v))), sums[v])
             for v in range(vectors):
-                store(b.load(sums[v]), b.gep(to, [b.add(offset, word(v * lanes.count))]))
+                total = b.load(sums[v])
+                value = total if terms is None else activations.any_relu(lanes, total, terms)
+                store(value, b.gep(to, [b.add(offset, word(v * lanes.count))]))
 
         def masked(offset: ir.Value, rest: ir.Value) -> None:
             with b.if_then(b.icmp_signed(">", rest, word(0))):
@@ -192,41 +212,123 @@ def add_general(bits, stored, params, row, first, count, buffer, spare):
 
 MOST_IN_TABLE = 64  # sources whose addresses fit the task's table; more go through the buffer
 TABLE = MOST_IN_TABLE + 1  # with the output, which comes first
+GATHER_BYTES = 1 << 14
+GATHER_WORDS = GATHER_BYTES // 8
+WEIGHTS, FACTORS = 2 * MOST_IN_TABLE, MOST_IN_TABLE * VECTOR_BYTES // 8  # words of `place_weights`
 
 
 @inline
-def add_plain(bits, stored, params, row0, row1, start, end):
-    """Elements start to end of some rows of an add that only adds: row by row along the last axis but one.
+def place_weights(bits, params, factors, weights, row, start):
+    """Fills the words of `add_run` for a row from element `start` on; what a row has one of fills a vector there."""
+    p, w = words(params), words(weights)
+    depth = p[DEPTH]
+    for j in range(p[SOURCES]):
+        here = params + 8 * (HEAD + depth + (j + 1) * (3 + 2 * depth))
+        o, factor = words(here), 1.0
+        kind, place = o[1], factors + j * VECTOR_BYTES
+        w[2 * j], w[2 * j + 1] = place, 0
+        if kind == at.WEIGHT_VECTOR and p[CHANNEL] == depth - 1:
+            w[2 * j], w[2 * j + 1] = o[2] + start * (bits // 8), 1
+            continue
+        if kind == at.WEIGHT_SCALAR:
+            factor = doubles(here)[2]
+        elif kind == at.WEIGHT_VECTOR:
+            factor = float(elements(bits, o[2])[weight_position(params, row)])
+        lanes = elements(bits, place)
+        for i in range(VECTOR_BYTES // (bits // 8)):
+            lanes[i] = factor
+
+
+@inline
+def part_of_run(part, is_first, is_last, to, stage, item, count):
+    """Where a part of a woven run goes, its first element, and how many it has.
+
+    Part 0 ends the line that the run before has begun, part 1 are whole lines, part 2 begins a line. Lines that two
+    runs share are put together at `stage`, where there is room for one more before and behind; a vector that reaches
+    beyond its part fills that room. A task shares none with another: its first and last line are stored in parts.
+    """
+    line = VECTOR_BYTES // item
+    ends = -to % VECTOR_BYTES // item
+    begins = (count - ends) % line
+    if part == 0:
+        if is_first or ends == 0:
+            return to, 0, ends
+        return stage + VECTOR_BYTES - ends * item, 0, line
+    if part == 1:
+        return to + ends * item, ends, count - ends - begins
+    if is_last or begins == 0:
+        return to + (count - begins) * item, count - begins, begins
+    return stage + begins * item - VECTOR_BYTES, count - line, line
+
+
+@inline
+def gather(to, source, step, factor, first, rows, count):
+    """Copies rows from row `first` on, each repeated `factor` times, so that they follow one another. All in bytes."""
+    place, done = first // factor, 0
+    alike = rows if factor == 1 else min(rows, factor - first % factor)
+    while done < rows:
+        copy_rows(to + done * count, count, source + place * step, step if factor == 1 else 0, alike, count)
+        place, done = place + 1, done + alike
+        alike = min(factor, rows - done)
+
+
+@spliced
+def add_runs(bits, stored, way, params, row0, row1, start, end):
+    """Elements start to end of some rows of contiguous runs: AT_ONCE rows after the others along the last axis but one.
 
     Where the other axes are is worked out once for a line of rows. It took longer than adding a row of 128.
     """
     p = words(params)
-    depth, sources, item = p[DEPTH], p[SOURCES], stored // 8
+    depth, sources, item, inner = p[DEPTH], p[SOURCES], stored // 8, end - start
     size, lines = 3 + 2 * depth, max(0, depth - 2)
     extent = p[HEAD + depth - 2] if depth > 1 else 1
     bases, table = words(stack_words(TABLE)), stack_words(TABLE)
-    addresses = words(table)
+    stage, gathered = stack_words(LINE_WORDS) + VECTOR_BYTES, stack_words(GATHER_WORDS)
+    weights, factors = 0, 0
+    if way == RUNS:
+        weights, factors = stack_words(WEIGHTS), stack_words(FACTORS)
+    addresses, is_woven = words(table), p[STORES] == WOVEN and p[HEAD + depth] % item == 0
     row = row0
     while row < row1:
         line, first = row // extent, row % extent
-        count = min(row1 - row, extent - first)
+        last = min(row1 - row, extent - first) + first
         for j in range(sources + 1):
             bases[j] = p[HEAD + depth + j * size] + (operand_offset(params, j, lines, line) + start) * item
-        for position in range(first, first + count):
+        for position in range(first, last, p[AT_ONCE]):
+            rows = min(p[AT_ONCE], last - position)
+            count, buffer = rows * inner, gathered
             for j in range(sources + 1):
                 address = bases[j]
                 if depth > 1:
                     o = words(params + 8 * (HEAD + depth + j * size + 3 + depth - 2))
                     step, factor = o[0] * item, o[depth]
-                    address += (position if factor == 1 else position // factor) * step
+                    if p[AT_ONCE] > 1 and (factor != 1 or o[0] != inner):
+                        gather(buffer, address, step, factor, position, rows, inner * item)
+                        address = buffer
+                        buffer += p[AT_ONCE] * inner * item
+                    else:
+                        address += (position if factor == 1 else position // factor) * step
                 addresses[j] = address
-            add_run(bits, stored, addresses[0], table + 8, sources, end - start, p[NONTEMPORAL])
-        row += count
+            if way == RUNS and (row == row0 or (p[CHANNEL] >= 0 and p[CHANNEL] != depth - 1)):
+                place_weights(bits, params, factors, weights, row, start)
+            if not is_woven:
+                add_run(bits, stored, way, addresses[0], table + 8, 0, sources, count, p[STORES] == AROUND, weights,
+                        p[ACTIVATION], doubles(params)[SLOPE])  # fmt: skip
+            else:
+                is_first, is_last = row == row0, row + rows == row1
+                for part in range(3):
+                    to, begin, number = part_of_run(part, is_first, is_last, addresses[0], stage, item, count)
+                    if number > 0:
+                        add_run(bits, stored, way, to, table + 8, begin, sources, number, part == 1, weights,
+                                p[ACTIVATION], doubles(params)[SLOPE])  # fmt: skip
+                    if part == 0 and number > 0 and not is_first:
+                        stream_lines(addresses[0] - addresses[0] % VECTOR_BYTES, stage, 1)
+            row += rows
 
 
 @functools.cache
-def add_task(bits: int, stored: int, is_plain: bool) -> int:
-    """Address of the task of an add; is_plain: of one whose PLAIN word is set, compiled in a fraction of the time."""
+def add_task(bits: int, stored: int, way: int) -> int:
+    """Address of the task of an add in one of the ways, of which SUMS is compiled in a fraction of the others' time."""
 
     def add(params, index, slot):
         p = words(params)
@@ -235,8 +337,8 @@ def add_task(bits: int, stored: int, is_plain: bool) -> int:
         row0 = index // p[PIECES] * p[TASK_ROWS]
         row1 = min(p[ROWS], row0 + p[TASK_ROWS])
         start, end = piece * p[PIECE], min(inner, (piece + 1) * p[PIECE])
-        if is_plain:
-            add_plain(bits, stored, params, row0, row1, start, end)
+        if way != GENERAL:
+            add_runs(bits, stored, way, params, row0, row1, start, end)
         else:
             buffer, spare = stack_words(BLOCK), stack_words(BLOCK)
             for row in range(row0, row1):
