@@ -57,6 +57,9 @@ class Filters:
         return f"Filters({self.array.shape} {self.array.dtype} {self.layout}, packed {len(self._packed)} ways)"
 
 
+Numbers = tuple[float | None, ...]  # weights that are no vectors, one of each source; () where none has one
+
+
 class Strides(NamedTuple):
     """The strides of a call's arrays, in bytes; None stands for an array that is not there, or packed already."""
 
@@ -93,7 +96,7 @@ class Operands:
         return self.filters if isinstance(self.filters, Filters) else None
 
     def arrays(self, out: Array) -> list[Array]:
-        """Every array that a call without weights reads, and `out` last; filters that are packed once are none."""
+        """Every array that a call reads, weights apart, and `out` last; filters that are packed once are none."""
         others = (self.filters, self.bias, self.residual)
         return [*self.sources, *[a for a in others if a is not None and not isinstance(a, Filters)], out]
 
@@ -105,7 +108,7 @@ class Operands:
 
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """How a call without weights is made again, with other arrays of the same layouts.
+    """How a call whose weights are numbers is made again, with other arrays of the same layouts.
 
     words    the block that describes it, but for addresses
     places   words of the addresses: of sources, what there is of filters that are an array, bias and residual, of out
@@ -164,7 +167,7 @@ class Kernel:
     products(spec)      multiply-adds that it forms, fill included, where these are not the definition's
     plan(spec, device)  how it would run; pure
     run(spec, config, operands, out)   writes out; validates nothing, decides nothing
-    replay(spec, config, strides)   a shorter way to run it again without weights, to the same bits; None: there is none
+    replay(spec, config, strides, weights)   a shorter way to run it again, to the same bits; None: there is none
     lacking(device)     every reason why a device cannot run it, whatever the spec; asked where the backend is usable
     """
 
@@ -174,7 +177,7 @@ class Kernel:
     run: Callable[[FusionSpec, Any, Operands, Array], None]
     slow: Callable[[FusionSpec, Any], tuple[str, ...]] = lambda spec, device: ()
     products: Callable[[FusionSpec], int] | None = None
-    replay: Callable[[FusionSpec, Any, Strides], Replay | None] = lambda spec, config, strides: None
+    replay: Callable[[FusionSpec, Any, Strides, Numbers], Replay | None] = lambda spec, config, strides, weights: None
     lacking: Callable[[Any], tuple[str, ...]] = lambda device: ()
 
     def takes(self, spec: FusionSpec, device: Any) -> bool:

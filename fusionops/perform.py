@@ -58,7 +58,11 @@ def _remember(key: tuple[Any, ...], call: Call, arrays: list[Array], result: Any
     if config is not None and not judgement.spec.return_sum:
         target = result.reshape(judgement.spec.out_shape) if call.target is None else call.target
         known = reaches(call, target, own[has_out:])
-        replay = kernel.replay(judgement.spec, config, operands.strides(target)) if known is not None else None
+        replay = (
+            kernel.replay(judgement.spec, config, operands.strides(target), operands.weights)
+            if known is not None
+            else None
+        )
         if known is not None and replay is not None:
             is_kept = operands.kept_filters is not None
             repeated = Repeated(replay.launch, judgement.shape, judgement.dtype, replay.places[-1], is_kept)

@@ -2,7 +2,8 @@
 
 A call of plain NumPy arrays is decided by its op, options and roles, the key; and by the shapes, strides and dtypes of
 its arrays, which a backend's guards compare. Where both were judged before only the addresses are new, with which
-arrays may overlap or be misaligned. Weights are not part of it: calls that have some are judged each time.
+arrays may overlap or be misaligned. Weights that are numbers are part of the key; calls with others are judged each
+time.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import numpy as np
 from fusionops.address import address
 from fusionops.binding.arrays import Array
 from fusionops.binding.call import Call
-from fusionops.binding.sources import Source, is_upsampled_alone
+from fusionops.binding.sources import Source, is_stated
 from fusionops.kernel import Filters, Reach, Reaches
 
 Key = tuple[Any, ...]
@@ -23,7 +24,7 @@ _ndarray = np.ndarray
 
 # Options that are compared by value, those of a type with those of the same type: 1 == True, but they are judged apart.
 _COMPARED = {int, str, bool, type(None)}
-_NUMBERS = {int, float}  # which the tuples of options may hold too, such as ("leaky_relu", 0.2)
+_NUMBERS = {int, float}  # which the tuples and lists of options may hold too, such as ("leaky_relu", 0.2)
 
 
 def sight(
@@ -43,14 +44,15 @@ def sight(
     if not _COMPARED.issuperset(types):
         if not all(kind in _COMPARED or _is_exact(value) for kind, value in zip(types, values, strict=True)):
             return None
-        types = tuple([repr(value) if type(value) is tuple else type(value) for value in values])
+        types = tuple([kind if kind in _COMPARED else repr(value) for kind, value in zip(types, values, strict=True)])
+        values = tuple([value if type(value) in _COMPARED else None for value in values])
     kinds: list[Any] = [*map(type, sources)]
     arrays: list[Array] = [*sources] if out is None else [out, *sources]
     start = len(arrays) - len(kinds)
     if kinds.count(_ndarray) < len(kinds):
         for i, source in enumerate(sources):
-            if type(source) is Source and type(source.array) is _ndarray and is_upsampled_alone(source):
-                kinds[i], arrays[start + i] = source.upsample, source.array
+            if type(source) is Source and type(source.array) is _ndarray and is_stated(source):
+                kinds[i], arrays[start + i] = (source.upsample, repr(source.weight)), source.array
             elif type(source) is not _ndarray:
                 return None
     if not kinds:
@@ -70,8 +72,8 @@ def sight(
 
 
 def _is_exact(value: Any) -> bool:
-    """A tuple of values whose `repr` tells them apart."""
-    return type(value) is tuple and all(
+    """A tuple or list of values whose `repr` tells them apart."""
+    return (type(value) is tuple or type(value) is list) and all(
         type(item) in _COMPARED or type(item) in _NUMBERS or _is_exact(item) for item in value
     )
 
@@ -97,8 +99,10 @@ def reaches(call: Call, target: Array, sighted: list[Array]) -> Reaches | None:
     alignments = {array.dtype.alignment for array in arrays}
     if call.home != "cpu" or call.returns is not None or judgement.mixed or len(alignments) > 1:
         return None
-    numbers = (operands.residual_weight, *operands.weights, *operands.scales, *operands.shifts)
-    if any(number is not None for number in numbers) or [*map(address, inputs)] != [*map(address, sighted)]:
+    others = (operands.residual_weight, *operands.scales, *operands.shifts)
+    if any(other is not None for other in others) or not all(type(w) in (float, type(None)) for w in operands.weights):
+        return None
+    if [*map(address, inputs)] != [*map(address, sighted)]:
         return None
     *reach, out = (_reach(array, target, call.op == "add") for array in arrays)
     return Reaches(tuple(reach), out, alignments.pop())

@@ -112,7 +112,7 @@ def plain_sources(sources: Any, is_plain: IsPlain) -> tuple[tuple[Array, ...], t
     for array in sources:
         prologue = None
         if type(array) is Source:
-            if not is_upsampled_alone(array):
+            if array.weight is not None or not is_stated(array):
                 return None
             prologue, array = _UPSAMPLED[array.upsample], array.array
         if not is_plain(array):
@@ -127,12 +127,14 @@ def plain_sources(sources: Any, is_plain: IsPlain) -> tuple[tuple[Array, ...], t
 _UPSAMPLED = {1: None, **{factor: Prologue((factor, factor)) for factor in range(2, 17)}}
 
 
-def is_upsampled_alone(source: Source) -> bool:
+def is_stated(source: Source) -> bool:
+    """Whether numbers say all that is done to it: how often it is repeated, and what it weighs."""
     return (
         type(source.upsample) is int
         and source.upsample in _UPSAMPLED
         and source.mode == "nearest"
-        and source.scale is source.shift is source.activation is source.weight is None
+        and source.scale is source.shift is source.activation is None
+        and (source.weight is None or type(source.weight) is float or type(source.weight) is int)
     )
 
 

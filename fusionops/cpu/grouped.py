@@ -62,9 +62,9 @@ def run(spec: FusionSpec, tiling: ConvTiling, operands: Operands, out: np.ndarra
     launch.run(algorithm, joined, tiling, operands, out)
 
 
-def replay(spec: FusionSpec, tiling: ConvTiling, strides: kernel.Strides) -> Replay | None:
+def replay(spec: FusionSpec, tiling: ConvTiling, strides: kernel.Strides, weights: kernel.Numbers) -> Replay | None:
     joined, algorithm = _joined(spec)
-    return launch.replay(algorithm, joined, tiling, strides)
+    return launch.replay(algorithm, joined, tiling, strides, weights)
 
 
 def _kernel(merge: Merge, dtype: str) -> Kernel:

@@ -161,18 +161,26 @@ def run(algorithm: Algorithm, spec: FusionSpec, tiling: Tiling, operands: Operan
     for place, operand in zip(prepared.places, operands.arrays(out), strict=True):
         words[place] = address(operand)
     words[at.RESIDUAL_FACTOR] = weight_word(operands.residual_weight)
-    for j, weight in enumerate(operands.weights):
-        if weight is not None:
-            words[at.SOURCES + at.SOURCE_WORDS * j + at.S_FACTOR] = weight_word(weight)
+    _place_weights(words, operands.weights)
     prepared.launch(words, kept)
 
 
-def replay(algorithm: Algorithm, spec: FusionSpec, tiling: Tiling, strides: kernel.Strides) -> kernel.Replay | None:
-    """`run` without weights, made again; None where something has to be written or converted first."""
+def replay(
+    algorithm: Algorithm, spec: FusionSpec, tiling: Tiling, strides: kernel.Strides, weights: kernel.Numbers
+) -> kernel.Replay | None:
+    """`run` made again; None where something has to be written or converted first."""
     if spec.return_sum or (FORMATS[spec.dtype].is_narrow and spec.bias):
         return None
     prepared = prepare(algorithm, spec, tiling, *strides)
-    return kernel.Replay(prepared.words, prepared.places, prepared.launch)
+    words = prepared.words[:]
+    _place_weights(words, weights)
+    return kernel.Replay(words, prepared.places, prepared.launch)
+
+
+def _place_weights(words: array[int], weights: tuple[Any, ...]) -> None:
+    for j, weight in enumerate(weights):
+        if weight is not None:
+            words[at.SOURCES + at.SOURCE_WORDS * j + at.S_FACTOR] = weight_word(weight)
 
 
 def _kept(algorithm: Algorithm, spec: FusionSpec, tiling: Tiling, filters: Filters) -> Area:

@@ -167,13 +167,17 @@ def run_add(spec: FusionSpec, config: StreamConfig, operands: Operands, out: np.
     threads.parallel_for(task, words.buffer_info()[0], tasks, threads.get_num_threads(), config.flops)
 
 
-def replay_add(spec: FusionSpec, config: StreamConfig, strides: kernel.Strides) -> Replay | None:
-    """`run_add` without weights, made again."""
+def replay_add(
+    spec: FusionSpec, config: StreamConfig, strides: kernel.Strides, weights: kernel.Numbers
+) -> Replay | None:
+    """`run_add` made again."""
     fixed, tasks = add_block(spec, config, strides.sources, strides.out)
-    form = FORMATS[spec.dtype]
-    first, size = HEAD + fixed[1], operand_words(fixed[1])
+    words, form = fixed[:], FORMATS[spec.dtype]
+    first, size = HEAD + words[1], operand_words(words[1])
+    for j, weight in enumerate(weights, 1):
+        words[first + j * size + 2] = weight_word(weight)
     places = [first + j * size for j in (*range(1, len(spec.sources) + 1), 0)]
-    return _replay(add_task(form.bits, form.stored, fixed[WAY]), fixed, tasks, places, config.flops)
+    return _replay(add_task(form.bits, form.stored, words[WAY]), words, tasks, places, config.flops)
 
 
 def _replay(task: int, words: array[int], tasks: int, places: list[int], flops: float) -> Replay:
@@ -282,8 +286,10 @@ def run_concat(spec: FusionSpec, config: StreamConfig, operands: Operands, out: 
             run_add(alone, config, Operands((source,), (weight,)), out[where])
 
 
-def replay_concat(spec: FusionSpec, config: StreamConfig, strides: kernel.Strides) -> Replay | None:
-    """`run_concat` made again, where all sources are copied by tasks."""
+def replay_concat(
+    spec: FusionSpec, config: StreamConfig, strides: kernel.Strides, weights: kernel.Numbers
+) -> Replay | None:
+    """`run_concat` made again, where all sources are copied by tasks: none has a weight."""
     plan = concat_plan(spec, config, strides.sources, strides.out)
     if plan.copied != tuple(range(len(spec.sources))):
         return None

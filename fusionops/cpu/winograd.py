@@ -246,8 +246,8 @@ def run(spec: FusionSpec, tiling: WinogradTiling, operands: Operands, out: np.nd
     launch.run(_algorithm(taps_of(spec.conv), spec.conv.stride), spec, tiling, operands, out)
 
 
-def replay(spec: FusionSpec, tiling: WinogradTiling, strides: kernel.Strides) -> Replay | None:
-    return launch.replay(_algorithm(taps_of(spec.conv), spec.conv.stride), spec, tiling, strides)
+def replay(spec: FusionSpec, tiling: WinogradTiling, strides: kernel.Strides, weights: kernel.Numbers) -> Replay | None:
+    return launch.replay(_algorithm(taps_of(spec.conv), spec.conv.stride), spec, tiling, strides, weights)
 
 
 def _is_whole(conv: Conv2d) -> bool:
