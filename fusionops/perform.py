@@ -41,13 +41,22 @@ class Repeated:
 
 
 _REPEATED: dict[tuple[Any, ...], Guards] = {}
+_WEIGHED_ONCE: set[tuple[Any, ...]] = set()  # keys of calls with weights: those that are learned never come again
 
 
 def _remember(key: tuple[Any, ...], call: Call, arrays: list[Array], result: Any) -> None:
-    """Keeps how a call that has just run would run again; that it is judged each time, if there is no shorter way."""
+    """Keeps how a call that has just run would run again; that it is judged each time, if there is no shorter way.
+
+    Of a call with weights, which the key holds, when it has run twice.
+    """
     judgement, operands, has_out = call.judgement, call.operands, call.out is not None
     make, own = dispatch.backend(call.home, 0).guards, with_own_dtypes(arrays)  # arrays of NumPy alone are sighted
     if make is None or own is None:
+        return
+    if key not in _WEIGHED_ONCE and any(weight is not None for weight in operands.weights):
+        if len(_WEIGHED_ONCE) >= KEPT:
+            _WEIGHED_ONCE.clear()
+        _WEIGHED_ONCE.add(key)
         return
     if len(_REPEATED) >= KEPT:
         _REPEATED.clear()

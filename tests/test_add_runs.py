@@ -62,6 +62,27 @@ def test_rows_wherever_they_lie(way, dtype, seed, request):
         assert (memory[start + nbytes :] == 7).all()
 
 
+def test_rows_that_tasks_share():
+    """Vectors of weights are read from where a part of a row begins."""
+    rng = np.random.default_rng(3)
+    x, y, weights = rng.standard_normal((3, 200001)), rng.standard_normal((3, 200001)), rng.standard_normal(200001)
+    for dtype in ("float32", "float64", "float16"):
+        sources, w = [x.astype(dtype), y.astype(dtype)], weights.astype(dtype)
+        found = fo.add(sources, weights=[w, 0.5], activation="relu")
+        assert found.tobytes() == fo.add(sources, weights=[w, 0.5], activation="relu", backend="reference").tobytes()
+
+
+@pytest.mark.parametrize("upsample", [1, 2])
+def test_weights_of_channels_that_do_not_lie_side_by_side(upsample):
+    rng = np.random.default_rng(4)
+    x, coarse = rng.standard_normal((2, 5, 6, 40)), rng.standard_normal((2, 5, 6 // upsample, 40 // upsample))
+    filters, weights = rng.standard_normal((3, 5, 1, 1)), [rng.standard_normal(5), rng.standard_normal(5)]
+    sources = [x, fo.Source(coarse, upsample=upsample)]
+    options = {"layout": "NCHW", "weights": weights, "return_sum": True}
+    _, found = fo.add_conv(sources, filters, **options)
+    assert found.tobytes() == fo.add_conv(sources, filters, backend="reference", **options)[1].tobytes()
+
+
 @pytest.mark.parametrize("channels", [16, 20, 300])
 @pytest.mark.usefixtures("around")
 def test_in_place(channels):

@@ -15,6 +15,7 @@ from fusionops import Source, SpecError, SpecTypeError, dispatch, perform
 def forget():
     """Each test starts with calls that nobody has made."""
     perform._REPEATED.clear()
+    perform._WEIGHED_ONCE.clear()
 
 
 def call(op: str, dtype: Any, *weights: Any, how: str = "list", **options: Any) -> np.ndarray:
@@ -43,7 +44,7 @@ def test_numbers_are_made_again_without_being_judged(op, dtype, how, monkeypatch
     several = [(0.5, 2.0), (2.0, 0.5), (2, 0.5), (0.1, None), (-0.0, 1e-3), (0.0, 1e-3)]
     how = "sources" if op.startswith("concat") else how  # the only way to weigh what is concatenated
     expected = [call(op, dtype, *weights, how=how, backend="cpu") for weights in several]
-    for weights in several:
+    for weights in 2 * several:
         call(op, dtype, *weights, how=how)
     monkeypatch.setattr(dispatch, "run", None)  # which a judged call goes through
     for weights, result in zip(several, expected, strict=True):
@@ -57,6 +58,25 @@ def test_numbers_that_share_out_one():
                 found = call("add", "float32", *weights, normalize=how)
                 assert found.tobytes() == call("add", "float32", *weights, normalize=how, backend="cpu").tobytes()
     assert call("add", "float32", 1.0, 3.0).tobytes() != call("add", "float32", 1.0, 3.0, normalize="relu").tobytes()
+
+
+@pytest.mark.parametrize("how", ["list", "sources"])
+def test_the_sum_is_that_of_the_reference(how):
+    """Each time; above, both sides have what the same code made of the weights."""
+    expected = call("add", "float32", 0.75, -3, how=how, backend="reference")
+    for _ in range(4):
+        assert call("add", "float32", 0.75, -3, how=how).tobytes() == expected.tobytes()
+
+
+def test_weights_that_do_not_come_again_push_nothing_out(monkeypatch):
+    monkeypatch.setattr(perform, "KEPT", 8)
+    x = np.ones((4, 8), np.float32)
+    fo.add([x, x])
+    for step in range(30):
+        assert (fo.add([x, x], weights=[step, 2.0]) == step + 2.0).all()
+        assert len(perform._WEIGHED_ONCE) <= 8
+    monkeypatch.setattr(dispatch, "run", None)
+    np.testing.assert_array_equal(fo.add([x, x]), 2.0)
 
 
 def test_vectors_are_read_each_time():
@@ -78,6 +98,14 @@ def test_what_is_wrong_is_found_each_time():
             call("add", "float32", True, 2)
         with pytest.raises(SpecTypeError):
             call("add", "float32", "1", 2)
+        with pytest.raises(OverflowError):
+            call("add", "float32", 10**5000, 2)
+        with pytest.raises(OverflowError):
+            call("add", "float32", 10**5000, 2, how="sources")
+        endless: list[Any] = [1]
+        endless.append(endless)
+        with pytest.raises(SpecError, match="cannot be made an array"):
+            fo.add([np.ones(3), np.ones(3)], weights=endless)
         with pytest.raises(SpecError, match="entries"):
             call("add", "float32", 1, 2, 3)
         with pytest.raises(SpecError, match="of its own"):

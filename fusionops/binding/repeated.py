@@ -15,7 +15,7 @@ import numpy as np
 from fusionops.address import address
 from fusionops.binding.arrays import Array
 from fusionops.binding.call import Call
-from fusionops.binding.sources import Source, is_stated
+from fusionops.binding.sources import Source, is_short, is_stated
 from fusionops.kernel import Filters, Reach, Reaches
 
 Key = tuple[Any, ...]
@@ -23,8 +23,8 @@ Key = tuple[Any, ...]
 _ndarray = np.ndarray
 
 # Options that are compared by value, those of a type with those of the same type: 1 == True, but they are judged apart.
-_COMPARED = {int, str, bool, type(None)}
-_NUMBERS = {int, float}  # which the tuples and lists of options may hold too, such as ("leaky_relu", 0.2)
+_SPELLED = {str, bool, type(None)}
+_COMPARED = {int, *_SPELLED}
 
 
 def sight(
@@ -71,10 +71,10 @@ def sight(
     return (op, values, types, first.shape, out is None, len(sources), *kinds), arrays
 
 
-def _is_exact(value: Any) -> bool:
-    """A tuple or list of values whose `repr` tells them apart."""
+def _is_exact(value: Any, levels: int = 2) -> bool:
+    """A tuple or list of values whose `repr` tells them apart, such as ("leaky_relu", 0.2) or ((1, 1), (0, 2))."""
     return (type(value) is tuple or type(value) is list) and all(
-        type(item) in _COMPARED or type(item) in _NUMBERS or _is_exact(item) for item in value
+        is_short(item) or type(item) in _SPELLED or (levels > 1 and _is_exact(item, levels - 1)) for item in value
     )
 
 

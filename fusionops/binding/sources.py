@@ -127,6 +127,9 @@ def plain_sources(sources: Any, is_plain: IsPlain) -> tuple[tuple[Array, ...], t
 _UPSAMPLED = {1: None, **{factor: Prologue((factor, factor)) for factor in range(2, 17)}}
 
 
+LONG = 1 << 63
+
+
 def is_stated(source: Source) -> bool:
     """Whether numbers say all that is done to it: how often it is repeated, and what it weighs."""
     return (
@@ -134,8 +137,13 @@ def is_stated(source: Source) -> bool:
         and source.upsample in _UPSAMPLED
         and source.mode == "nearest"
         and source.scale is source.shift is source.activation is None
-        and (source.weight is None or type(source.weight) is float or type(source.weight) is int)
+        and (source.weight is None or is_short(source.weight))
     )
+
+
+def is_short(value: Any) -> bool:
+    """A Python number that is spelled in some digits; an int may have more than Python is willing to spell."""
+    return type(value) is float or (type(value) is int and -LONG < value < LONG)
 
 
 def read_sources(

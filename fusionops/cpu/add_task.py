@@ -170,7 +170,7 @@ def spread(stored, to, source, step, factor, first, count):
 
 @inline
 def add_general(bits, stored, params, row, first, count, buffer, spare):
-    """One run of an add with weights, an activation or any steps, through a buffer in L1."""
+    """One run of an add with any weights, activation and steps, through a buffer in L1."""
     p = words(params)
     item = stored // 8
     depth = p[DEPTH]
@@ -212,7 +212,7 @@ def add_general(bits, stored, params, row, first, count, buffer, spare):
 
 MOST_IN_TABLE = 64  # sources whose addresses fit the task's table; more go through the buffer
 TABLE = MOST_IN_TABLE + 1  # with the output, which comes first
-GATHER_BYTES = 1 << 14
+GATHER_BYTES = 1 << 14  # of the rows that wait in L1, half of it at most
 GATHER_WORDS = GATHER_BYTES // 8
 WEIGHTS, FACTORS = 2 * MOST_IN_TABLE, MOST_IN_TABLE * VECTOR_BYTES // 8  # words of `place_weights`
 
@@ -302,7 +302,7 @@ def add_runs(bits, stored, way, params, row0, row1, start, end):
                 if depth > 1:
                     o = words(params + 8 * (HEAD + depth + j * size + 3 + depth - 2))
                     step, factor = o[0] * item, o[depth]
-                    if p[AT_ONCE] > 1 and (factor != 1 or o[0] != inner):
+                    if p[AT_ONCE] > 1 and (factor != 1 or o[0] != inner):  # counted when AT_ONCE was chosen
                         gather(buffer, address, step, factor, position, rows, inner * item)
                         address = buffer
                         buffer += p[AT_ONCE] * inner * item

