@@ -62,6 +62,21 @@ def test_rows_wherever_they_lie(way, dtype, seed, request):
         assert (memory[start + nbytes :] == 7).all()
 
 
+@pytest.mark.parametrize("factor", [2, 4, 5])
+@pytest.mark.parametrize("channels", [3, 20, 33, 100])
+@pytest.mark.parametrize("way", ["through", "around"])
+def test_runs_that_begin_within_a_repeated_pixel(way, channels, factor, request):
+    """Lines of more pixels than are added at once, whose number is no multiple of the factor."""
+    if way == "around":
+        request.getfixturevalue("around")
+    rng = np.random.default_rng(5)
+    x = rng.standard_normal((1, 2, 100 * factor, channels)).astype(np.float32)
+    coarse = rng.standard_normal((1, 2, 100, channels)).astype(np.float32)
+    expected = x + coarse.repeat(factor, axis=2)
+    found = fo.add([x, fo.Source(coarse, upsample=(1, factor))])
+    assert found.tobytes() == expected.tobytes()
+
+
 def test_rows_that_tasks_share():
     """Vectors of weights are read from where a part of a row begins."""
     rng = np.random.default_rng(3)

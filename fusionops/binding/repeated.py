@@ -22,8 +22,8 @@ Key = tuple[Any, ...]
 
 _ndarray = np.ndarray
 
+_SPELLED = {str, bool, type(None)}  # which tuples and lists among the options may hold beside numbers
 # Options that are compared by value, those of a type with those of the same type: 1 == True, but they are judged apart.
-_SPELLED = {str, bool, type(None)}
 _COMPARED = {int, *_SPELLED}
 
 

@@ -127,9 +127,6 @@ def plain_sources(sources: Any, is_plain: IsPlain) -> tuple[tuple[Array, ...], t
 _UPSAMPLED = {1: None, **{factor: Prologue((factor, factor)) for factor in range(2, 17)}}
 
 
-LONG = 1 << 63
-
-
 def is_stated(source: Source) -> bool:
     """Whether numbers say all that is done to it: how often it is repeated, and what it weighs."""
     return (
@@ -143,7 +140,7 @@ def is_stated(source: Source) -> bool:
 
 def is_short(value: Any) -> bool:
     """A Python number that is spelled in some digits; an int may have more than Python is willing to spell."""
-    return type(value) is float or (type(value) is int and -LONG < value < LONG)
+    return type(value) is float or (type(value) is int and abs(value) < 1 << 63)
 
 
 def read_sources(
