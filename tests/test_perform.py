@@ -382,12 +382,15 @@ def test_small_call_stays_within_its_budget(monkeypatch, options, budget):
     call = timeit.Timer(lambda: fo.concat_dense([x, y], matrix, bias, activation="relu", out=out, **options))
     yardstick = timeit.Timer("sum(range(1000))")
     times, sums = [], []
-    try:
-        for _ in range(300):  # in turn, so that the shortest of both are of one phase of the machine
+
+    def is_within() -> bool:
+        return min(times) <= budget * max(1.0, min(sums) / YARDSTICK_S)
+
+    try:  # in turn, so that the shortest of both are of one phase of the machine; longer where that one is busy
+        while len(times) < 300 or (len(times) < 6000 and not is_within()):
             times.append(call.timeit(50) / 50)
             sums.append(yardstick.timeit(20) / 20)
     finally:
         dispatch.choose.cache_clear()
     assert repeats() == (not options)
-    slowness = max(1.0, min(sums) / YARDSTICK_S)
-    assert min(times) <= budget * slowness  # the shortest of many: a busy machine only adds to them
+    assert is_within()  # the shortest of many: a busy machine only adds to them
