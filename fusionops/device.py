@@ -16,6 +16,7 @@ class CpuDevice:
     vector_registers   architectural vector registers (16 on SSE and AVX2, 32 on AVX-512 and NEON)
     fma                whether a fused multiply-add is one instruction
     l1_bytes … l3_bytes   data cache of one core (L1, L2) and the share of the last level all cores see (L3), bytes
+    cores              that the process may use
     """
 
     name: str
@@ -25,15 +26,16 @@ class CpuDevice:
     l1_bytes: int
     l2_bytes: int
     l3_bytes: int
+    cores: int
 
 
 KIB = 1024
 MIB = 1024 * KIB
 
-AVX512_SERVER = CpuDevice("avx512-server", 64, 32, True, 48 * KIB, 2 * MIB, 105 * MIB)
-AVX2_LAPTOP = CpuDevice("avx2-laptop", 32, 16, True, 32 * KIB, 512 * KIB, 16 * MIB)
-NEON_PHONE = CpuDevice("neon-phone", 16, 32, True, 64 * KIB, 512 * KIB, 4 * MIB)
-SSE2_GENERIC = CpuDevice("sse2-generic", 16, 16, False, 32 * KIB, 256 * KIB, 2 * MIB)
+AVX512_SERVER = CpuDevice("avx512-server", 64, 32, True, 48 * KIB, 2 * MIB, 105 * MIB, 16)
+AVX2_LAPTOP = CpuDevice("avx2-laptop", 32, 16, True, 32 * KIB, 512 * KIB, 16 * MIB, 8)
+NEON_PHONE = CpuDevice("neon-phone", 16, 32, True, 64 * KIB, 512 * KIB, 4 * MIB, 4)
+SSE2_GENERIC = CpuDevice("sse2-generic", 16, 16, False, 32 * KIB, 256 * KIB, 2 * MIB, 2)
 
 CPU_PROFILES = (AVX512_SERVER, AVX2_LAPTOP, NEON_PHONE, SSE2_GENERIC)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,10 +13,9 @@ from hypothesis import strategies as st
 
 import fusionops as fo
 from fusionops.address import address
-from fusionops.cpu import amx, commuted, device, gemm, jit, outer_task, stream, threads
+from fusionops.cpu import KERNELS, amx, commuted, device, gemm, jit, outer_task, stream, threads, winograd
 from fusionops.cpu.tiling import (
-    CORES,
-    MANY_TASKS,
+    MANY_ROUNDS,
     SCRATCH_LIMIT,
     balanced,
     even_tile,
@@ -307,31 +307,52 @@ def test_bands_of_products_do_not_change_bits(layout, band_bytes, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("pixels", "limit", "mr", "parts", "tile"),
+    ("cores", "pixels", "limit", "mr", "parts", "tile"),
     [
-        (432, 66, 6, 1, 54),  # 8 tasks for 7
-        (3136, 246, 6, 1, 196),  # 16 for 13
-        (3136, 246, 14, 1, 196),
-        (196, 66, 6, 2, 66),  # 8 tasks would take two cores longer
-        (10000, 256, 6, 1, 250),  # many tasks stay as they are
-        (5, 256, 6, 4, 5),
-        (1, 6, 6, 1, 1),
+        (2, 432, 66, 6, 1, 54),  # 8 tasks for 7
+        (2, 3136, 246, 6, 1, 224),  # 14 for 13, which the two cores share
+        (4, 3136, 246, 6, 1, 196),  # 16
+        (4, 3136, 246, 14, 1, 196),
+        (2, 196, 66, 6, 2, 66),  # 8 tasks would take two cores longer, not four
+        (4, 196, 66, 6, 2, 49),
+        (2, 10000, 256, 6, 1, 250),  # many tasks stay as they are
+        (2, 5, 256, 6, 4, 5),
+        (2, 1, 6, 6, 1, 1),
     ],
 )
-def test_tiles_of_products_are_cut_so_that_cores_wait_least(pixels, limit, mr, parts, tile):
-    assert even_tile(pixels, balanced(pixels, limit), mr, parts) == tile
+def test_tiles_of_products_are_cut_so_that_cores_wait_least(cores, pixels, limit, mr, parts, tile):
+    device = replace(AVX2_LAPTOP, cores=cores)
+    assert even_tile(pixels, balanced(pixels, limit), mr, parts, device) == tile
 
 
-@given(st.integers(1, 5000), st.integers(1, 300), st.integers(1, 24), st.integers(1, 40))
-def test_no_number_of_cores_takes_longer_with_tiles_cut_for_it(pixels, limit, mr, parts):
+@given(st.integers(1, 64), st.integers(1, 5000), st.integers(1, 300), st.integers(1, 24), st.integers(1, 40))
+def test_cores_do_not_take_longer_with_tiles_cut_for_them(cores, pixels, limit, mr, parts):
     most = balanced(pixels, limit)
-    tile = even_tile(pixels, most, mr, parts)
+    tile = even_tile(pixels, most, mr, parts, replace(AVX2_LAPTOP, cores=cores))
     assert 1 <= tile <= most
-    for cores in CORES:
 
-        def rounds(extent: int, cores: int = cores) -> int:
-            tasks = -(-pixels // extent) * parts
-            return -(-tasks // cores) * rows_of(extent, mr)
+    def rounds(extent: int) -> int:
+        tasks = -(-pixels // extent) * parts
+        return -(-tasks // cores) * rows_of(extent, mr)
 
-        assert rounds(tile) <= rounds(most)
-    assert tile == most or -(-pixels // most) * parts < MANY_TASKS
+    assert rounds(tile) <= rounds(most)
+    assert tile == most or -(-pixels // most) * parts < MANY_ROUNDS * cores
+
+
+@pytest.mark.parametrize(("cores", "tasks"), [(1, 2), (2, 2), (4, 4), (16, 15)])
+def test_a_small_convolution_has_about_as_many_tasks_as_there_are_cores(cores, tasks):
+    """49 tiles and 8 blocks of filters: each task loads its patches again, so more tasks than cores cost."""
+    spec = conv("small", Merge.ADD, (128,), 128, 3, 3, H=28, W=28, padding=((1, 1), (1, 1))).spec
+    tiling = winograd.plan(spec, replace(AVX2_LAPTOP, cores=cores))
+    assert -(-49 // tiling.tiles) * -(-tiling.blocks // tiling.task_blocks) == tasks
+
+
+@pytest.mark.parametrize("taps", [1, 3])
+@pytest.mark.parametrize("pixels", [4, 28])
+def test_the_number_of_cores_changes_no_order_of_sums(taps, pixels):
+    """The channels of a chunk, which decide it, are the same."""
+    spec = conv("sums", Merge.ADD, (300,), 128, taps, taps, H=pixels, W=pixels, padding=((taps // 2,) * 2,) * 2).spec
+    for kernel in (kernel for kernel in KERNELS if not kernel.unsupported(spec)):
+        for profile in CPU_PROFILES:
+            depths = {kernel.plan(spec, replace(profile, cores=cores)).depth for cores in (1, 2, 3, 64)}
+            assert len(depths) == 1, (kernel.name, profile.name)

@@ -178,7 +178,7 @@ def plan(spec: FusionSpec, device: CpuDevice) -> GemmTiling:
     tiles = conv2d.groups * -(-P // tile_p) * -(-Q // tile_q) * (1 if flat else spec.N)
     task_blocks = enough_parts(blocks, task_blocks, tiles)
     if task is Task.TILES and flat:
-        tile_q = even_tile(Q, tile_q, mr, conv2d.groups * -(-blocks // task_blocks))
+        tile_q = even_tile(Q, tile_q, mr, conv2d.groups * -(-blocks // task_blocks), device)
     while True:
         tiling = GemmTiling(
             bits=8 * item, mr=mr, nv=nv, depth=depth, chunks=-(-channels // depth), blocks=blocks,

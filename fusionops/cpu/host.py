@@ -59,7 +59,7 @@ def device() -> CpuDevice:
     here = target()
     return CpuDevice(
         f"{here.machine} {here.vector_bytes * 8} bit", here.vector_bytes, here.vector_registers, here.fma,
-        *_cache_sizes(),
+        *_cache_sizes(), threads.available_threads(),
     )  # fmt: skip
 
 

@@ -32,12 +32,10 @@ TASK_FILTERS = 256
 # 4×4, 7×7 and 14×14 maps of 128 and 256 channels took 1.5 to 1.9 times as long (2 cores); 2, 4 and 8 differed by less
 # than the noise.
 ENOUGH_TASKS = 4
-# Tasks are cut so that so many cores have the same to do. Fixed numbers: plans do not depend on the number of threads.
-CORES = (2, 4)
-# From so many tasks on little is waited for: a twelfth at most. With fewer, tiles that make up for it (8 tasks for 7,
-# 16 for 13, 32 for 27) took 0.90 to 1.01 of the time in fourteen 1×1 problems and 1.18 in one, where it was 0.82 in the
-# run before; geometric mean 0.97 (11 interleaved rounds, AVX2, 2 cores).
-MANY_TASKS = 32
+# From so many tasks of a core on little is waited for. With fewer, tiles that make up for it (8 tasks for 7, 16 for 13)
+# took 0.90 to 1.01 of the time in fourteen 1×1 problems and 1.18 in one, where it was 0.82 in the run before; geometric
+# mean 0.97 (11 interleaved rounds, AVX2, 2 cores).
+MANY_ROUNDS = 16
 # Share of L2 for the filter chunk that all pixels of a tile are multiplied with; the tile itself takes about as much.
 FILTER_SHARE = 4
 # Tiles one vector wide load nearly as often as they multiply. Alone, in L1, one of 24×1 vectors reaches the FMA peak;
@@ -196,9 +194,12 @@ def enough_parts(blocks: int, task_blocks: int, tiles: int) -> int:
     return -(-blocks // parts)
 
 
-def rounds(tasks: int) -> list[int]:
-    """Tasks that each number of CORES has time for until the last one is done: those that are waited for included."""
-    return [-(-tasks // cores) * cores for cores in CORES]
+def rounds(tasks: int, device: CpuDevice) -> int:
+    """How many tasks one core does until all are done.
+
+    Of the cores there are, not of the threads that run: plans are the same for any number of them.
+    """
+    return -(-tasks // device.cores)
 
 
 def shorter_tile(mr: int) -> int:
@@ -226,23 +227,21 @@ def rows_of(rows: int, mr: int) -> int:
     return tall_tiles * mr + short_tiles * shorter_tile(mr)
 
 
-def even_tile(pixels: int, most: int, mr: int, parts: int) -> int:
-    """Pixels of a tile with which CORES compute and wait least, of equals the most; none takes longer than with `most`.
+def even_tile(pixels: int, most: int, mr: int, parts: int, device: CpuDevice) -> int:
+    """Pixels of a tile with which cores are done first, of equals the most.
 
     pixels   one at least
     most     of a tile: `balanced`
     parts    tasks of a tile
     """
     fewest = -(-pixels // most)
-    if fewest * parts >= MANY_TASKS:
+    if fewest * parts >= MANY_ROUNDS * device.cores:
         return most
 
-    def cost(tile: int) -> list[int]:  # in rows of register tiles
-        return [tasks * rows_of(tile, mr) for tasks in rounds(-(-pixels // tile) * parts)]
+    def cost(tile: int) -> int:  # in rows of register tiles
+        return rounds(-(-pixels // tile) * parts, device) * rows_of(tile, mr)
 
-    longest = cost(most)
-    tiles = (-(-pixels // count) for count in range(fewest, 2 * fewest))
-    return min((tile for tile in tiles if all(map(int.__le__, cost(tile), longest))), key=lambda tile: sum(cost(tile)))
+    return min((-(-pixels // count) for count in range(fewest, 2 * fewest)), key=cost)
 
 
 def plan(spec: FusionSpec, device: CpuDevice, *, most_pixels: int | None = None) -> ConvTiling:

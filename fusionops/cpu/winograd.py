@@ -173,12 +173,12 @@ class WinogradTiling(Tiling):
 
 
 def plan(spec: FusionSpec, device: CpuDevice) -> WinogradTiling:
-    """The tiling of a convolution: of all that fit the scratch memory, the one that takes CORES least."""
+    """The tiling of a convolution: of all that fit the scratch memory, the one with which cores are done first."""
     return min(_tilings(spec, device), key=lambda candidate: candidate[0])[1]
 
 
 def _tilings(spec: FusionSpec, device: CpuDevice) -> Iterator[tuple[float, WinogradTiling]]:
-    """Ways to cut the problem up, each with what it takes: products, those that cores wait for included.
+    """Ways to cut the problem up, each with what it takes: products of a core, those that are waited for included.
 
     What decides how filters are packed depends on the filters alone: they are packed once for maps of every size.
     """
@@ -210,7 +210,7 @@ def _tilings(spec: FusionSpec, device: CpuDevice) -> Iterator[tuple[float, Winog
             if tiling.scratch_bytes <= SCRATCH_LIMIT:
                 tasks = groups * -(-blocks // task_blocks)
                 reading = (NEAR_COST if is_near else FAR_COST) * mr / rows
-                yield sum(rounds(tasks)) * rows * (task_blocks * width + TRANSFORM_FILTERS) * (1 + reading), tiling
+                yield rounds(tasks, device) * rows * (task_blocks * width + TRANSFORM_FILTERS) * (1 + reading), tiling
 
 
 def cut(spec: FusionSpec, tiling: WinogradTiling, words: Words, filters: Strides | None) -> tuple[int, bool]:
