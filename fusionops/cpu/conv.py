@@ -111,9 +111,10 @@ def locate_task(params, index):
 
 
 @functools.cache
-def conv_task(bits: int, mr: int, nv: int, gaps: int = 0) -> int:
-    """Address of the task compiled for one register tile; gaps = 1 for groups that have parts."""
+def conv_task(bits: int, mr: int, nv: int, half: bool = False, gaps: bool = False) -> int:
+    """Address of the task compiled for one register tile, and for half of it if asked; gaps if groups have parts."""
     width = nv * (512 // bits)
+    halves, has_gaps = int(half), int(gaps)
     item = bits // 8
 
     def conv(params, index, slot):
@@ -161,17 +162,19 @@ def conv_task(bits: int, mr: int, nv: int, gaps: int = 0) -> int:
                 inner, run = s1 - s0, depth
                 if dense_rows:  # neighbouring taps are neighbours in the tile and in the panel: one longer run
                     inner, run = 1, (s1 - s0) * depth
-                in_registers = is_last and is_plain and used == width
+                in_half = halves * (used <= width // 2)
+                in_registers = is_last and is_plain and used == (width // 2 if in_half else width)
                 if is_last and not in_registers:
                     ask_for_output(params, outs + g * mr * 8, residuals + g * mr * 8,
                                    groups[head + 4], k0, used)  # fmt: skip
                 near = a + pixel[(g + 1) % count * mr] * depth * item
-                gemm_tile(bits, mr, nv, gaps, a, pixels + g * mr * 8, depth, r1 - r0, a_row, b_row,
+                bias = p[at.BIAS] + k0 * item if p[at.BIAS] != 0 else 0
+                terms = p[at.RESIDUAL] + k0 * item if p[at.RESIDUAL] != 0 else 0
+                relu, out = p[at.ACTIVATION] == RELU, p[at.OUT] + k0 * item
+                gemm_tile(bits, mr, nv, has_gaps, halves, in_half, a, pixels + g * mr * 8, depth, r1 - r0, a_row, b_row,
                           inner, p[at.DILATION_W] * depth, depth, run, b, width, sums, c0,
-                          following + g * share, step, near, near_step, in_registers,
-                          p[at.BIAS] + k0 * item if p[at.BIAS] != 0 else 0,
-                          p[at.RESIDUAL] + k0 * item if p[at.RESIDUAL] != 0 else 0, residuals + g * mr * 8,
-                          p[at.ACTIVATION] == RELU, p[at.OUT] + k0 * item, outs + g * mr * 8)  # fmt: skip
+                          following + g * share, step, near, near_step, in_registers, bias,
+                          terms, residuals + g * mr * 8, relu, out, outs + g * mr * 8)  # fmt: skip
                 if is_last and not in_registers:
                     finish_tile(params, sums, width, outs + g * mr * 8, residuals + g * mr * 8, copy,
                                 groups[head + 4], k0, used, p[at.OUT_K] != 1)  # fmt: skip

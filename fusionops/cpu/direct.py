@@ -46,7 +46,7 @@ def cut(spec: FusionSpec, tiling: ConvTiling, words: Words, filters: Strides | N
 TAP_BY_TAP = launch.Algorithm(
     "tap by tap",
     cut,
-    lambda tiling: conv.conv_task(tiling.bits, tiling.mr, tiling.nv),
+    lambda tiling: conv.conv_task(tiling.bits, tiling.mr, tiling.nv, tiling.half),
     conv.pack_task,
 )
 

@@ -26,6 +26,7 @@ from fusionops.cpu.tiling import (
     Tiling,
     balanced,
     choose_register_tile,
+    ends_in_half,
     enough_parts,
     even_tile,
     whole_lines,
@@ -184,7 +185,7 @@ def plan(spec: FusionSpec, device: CpuDevice) -> GemmTiling:
             bits=8 * item, mr=mr, nv=nv, depth=depth, chunks=-(-channels // depth), blocks=blocks,
             task_blocks=task_blocks, packed_elements=conv2d.groups * blocks * width * channels,
             tile_p=tile_p, tile_q=tile_q, sources=len(spec.sources), filters=filters,
-            task=task,
+            task=task, half=task is Task.TILES and ends_in_half(filters, item, nv, device),
         )  # fmt: skip
         if tiling.scratch_bytes <= SCRATCH_LIMIT:
             return tiling
@@ -251,7 +252,7 @@ ROWS = launch.Algorithm(
     "rows",
     cut,
     lambda tiling: (
-        gemm_task.gemm_task(tiling.bits, tiling.mr, tiling.nv)
+        gemm_task.gemm_task(tiling.bits, tiling.mr, tiling.nv, tiling.half)
         if tiling.task is Task.TILES
         else OTHER_TASKS[tiling.task](tiling.bits)
     ),

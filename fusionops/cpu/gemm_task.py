@@ -86,11 +86,11 @@ split_rows = inline(tiles_of)
 
 
 @functools.cache
-def gemm_task(bits: int, mr: int, nv: int) -> int:
-    """Address of the task compiled for one register tile and the shorter one."""
+def gemm_task(bits: int, mr: int, nv: int, half: bool = False) -> int:
+    """Address of the task compiled for one register tile and the shorter one, and for half of each if asked."""
     width = nv * (512 // bits)
     item = bits // 8
-    row_bytes, short = width * item, shorter_tile(mr)
+    row_bytes, short, halves = width * item, shorter_tile(mr), int(half)
 
     def gemm(params, index, slot):
         p = words(params)
@@ -152,18 +152,19 @@ def gemm_task(bits: int, mr: int, nv: int) -> int:
                 to, residual = outs + row * 8, residuals + row * 8
                 kept = (kept_blocks * (block - block0) * end + kept_tiles * first) * row_bytes
                 sums = scratch + p[at.AT_SUMS] + kept
-                in_registers = is_last and is_plain and overlaps and used == width
+                in_half = halves * (used <= width // 2)
+                in_registers = is_last and is_plain and overlaps and used == (width // 2 if in_half else width)
                 if is_last and is_turned:
                     ask_for_channels(params, to, here, k0, used)
                 bias = p[at.BIAS] + k0 * item if p[at.BIAS] != 0 else 0
                 terms = p[at.RESIDUAL] + k0 * item if p[at.RESIDUAL] != 0 else 0
                 relu, out = p[at.ACTIVATION] == RELU, p[at.OUT] + k0 * item
                 if height == mr:
-                    gemm_segments(bits, mr, nv, segments, segment_count, row, panel, pitch, sums, c0, following, step,
-                                  in_registers, bias, terms, residual, relu, out, to)  # fmt: skip
+                    gemm_segments(bits, mr, nv, halves, in_half, segments, segment_count, row, panel, pitch, sums, c0,
+                                  following, step, in_registers, bias, terms, residual, relu, out, to)  # fmt: skip
                 else:
-                    gemm_segments(bits, short, nv, segments, segment_count, row, panel, pitch, sums, c0, following,
-                                  step, in_registers, bias, terms, residual, relu, out, to)  # fmt: skip
+                    gemm_segments(bits, short, nv, halves, in_half, segments, segment_count, row, panel, pitch, sums,
+                                  c0, following, step, in_registers, bias, terms, residual, relu, out, to)  # fmt: skip
                 if is_last and not in_registers:
                     finish_tile(params, sums, width, to, residual, copy, here, k0, used, is_turned)
                     if is_turned and g + 1 == count:  # the last register tile overlaps the one before it

@@ -48,7 +48,7 @@ def _algorithm(count: int) -> launch.Algorithm:
     return replace(
         TAP_BY_TAP,
         name=f"{count} groups as one",
-        task=lambda tiling: conv_task(tiling.bits, tiling.mr, tiling.nv, gaps=1),
+        task=lambda tiling: conv_task(tiling.bits, tiling.mr, tiling.nv, tiling.half, gaps=True),
         parts=count,
     )
 

@@ -5,11 +5,12 @@
 
 The rows of A are any pixels of a packed tile, or the rows of a matrix; B is a micropanel of nv vectors a row, its rows
 b_pitch elements apart. The sum of a call starts at zero and runs in the order written; with `accumulate` it is then
-added to C.
+added to C. In half only the first half of each row of B, and of C, takes part: the other half is not touched.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
@@ -33,11 +34,16 @@ SEGMENT_WORDS = 3  # of a segment in the table of `gemm_segments`
 class _Tile(Sums):
     """The sums of one register tile, and the two ways to add a run of channels to them."""
 
-    def __init__(self, b: ir.IRBuilder, bits: int, rows: int, nv: int, *, even: bool, gaps: bool = False) -> None:
+    def __init__(
+        self, b: ir.IRBuilder, bits: int, rows: int, nv: int, half: bool, *, even: bool, gaps: bool = False
+    ) -> None:
         here = target()
         in_assembly = can_multiply(here, rows, even=even) and not gaps
-        lanes = Lanes(b, bits, here.vector_bytes if in_assembly else VECTOR_BYTES)
-        super().__init__(b, lanes, rows, nv * VECTOR_BYTES // (lanes.count * lanes.item_bytes))
+        row_bytes = nv * VECTOR_BYTES
+        used_bytes = row_bytes // 2 if half else row_bytes
+        size = min(used_bytes, here.vector_bytes if in_assembly else VECTOR_BYTES)
+        lanes = Lanes(b, bits, size)
+        super().__init__(b, lanes, rows, used_bytes // size, row_bytes // size)
         self.gaps = gaps
         self.segment = Segment(lanes, rows, self.vectors, even=even) if in_assembly else None
         self.even = even
@@ -78,39 +84,58 @@ class _Tile(Sums):
                     b.store(b.select(filled[j], value, b.load(s)) if self.gaps else value, s)
 
 
-@intrinsic(prefer_literal=True)
-def gemm_tile(typing, bits, mr, nv, gaps, a, pixels, pitch, outer, a_outer, b_outer, inner, a_inner, b_inner, depth,
-              panel, b_pitch, c, accumulate, ahead, ahead_step, near, near_step,
-              is_finished, bias, residual, residuals, relu, out, outs):  # fmt: skip
-    """Addresses a, pixels (int64 each), panel, c; steps in elements; bits, mr, nv and gaps literal.
+def _whole_or_half(b: ir.IRBuilder, halves: int, in_half: ir.Value, product: Callable[[bool], None]) -> None:
+    """Emits a product, twice where the word `in_half` tells at run time which one it is."""
+    if not halves:
+        product(False)
+        return
+    with b.if_else(b.icmp_signed("!=", in_half, word(0))) as (half, whole):
+        with half:
+            product(True)
+        with whole:
+            product(False)
 
+
+@intrinsic(prefer_literal=True)
+def gemm_tile(typing, bits, mr, nv, gaps, halves, in_half, a, pixels, pitch, outer, a_outer, b_outer, inner, a_inner,
+              b_inner, depth, panel, b_pitch, c, accumulate, ahead, ahead_step, near, near_step,
+              is_finished, bias, residual, residuals, relu, out, outs):  # fmt: skip
+    """Addresses a, pixels (int64 each), panel, c; steps in elements; bits, mr, nv, gaps and halves literal.
+
+    halves, in_half   1 and a word that is not 0: the product is in half
     gaps    1: products with filters that are `GAP` do not enter the sum
     ahead, ahead_step   an address asked for in L2 at each step of the reduction, and its advance in bytes
     near, near_step     the same for L1
     is_finished    0: the sums go to C; else they are finished, as `Sums.finish` says, and go to the output, of which
-                   there must be a whole block of filters; addresses, and offsets of pixels in elements
+                   there must be a whole block of filters, or half of one; addresses, and offsets of pixels in
+                   elements
     """
-    if not literals(bits, mr, nv, gaps):
+    if not literals(bits, mr, nv, gaps, halves):
         return None
     rows = mr.literal_value
-    signature = types.void(bits, mr, nv, gaps, *[types.intp] * 25)
+    signature = types.void(bits, mr, nv, gaps, halves, *[types.intp] * 26)
 
     def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        (a, pixels, pitch, outer, a_outer, b_outer, inner, a_inner, b_inner, depth, panel, b_pitch,
-         c, accumulate, ahead, ahead_step, near, near_step, *epilogue) = args[4:]  # fmt: skip
-        tile = _Tile(b, bits.literal_value, rows, nv.literal_value, even=False, gaps=bool(gaps.literal_value))
-        size = word(tile.lanes.item_bytes)
+        (in_half, a, pixels, pitch, outer, a_outer, b_outer, inner, a_inner, b_inner, depth, panel, b_pitch,
+         c, accumulate, ahead, ahead_step, near, near_step, *epilogue) = args[5:]  # fmt: skip
+        size = word(bits.literal_value // 8)
         pixel, pixel_step = b.inttoptr(pixels, I64.as_pointer()), b.mul(pitch, size)
         offsets = [b.mul(b.load(b.gep(pixel, [word(i)])), pixel_step) for i in range(rows)]
         cursors = [cgutils.alloca_once_value(b, first) for first in (ahead, near)]
         b_step = b.mul(b_pitch, size)
-        tile.ask_for_results(c, epilogue)
-        with cgutils.for_range(b, outer) as u, cgutils.for_range(b, inner) as v:
-            a_run = b.add(b.mul(u.index, a_outer), b.mul(v.index, a_inner))
-            b_run = b.add(b.mul(u.index, b_outer), b.mul(v.index, b_inner))
-            tile.add_segment(b.add(a, b.mul(a_run, size)), offsets, b.add(panel, b.mul(b_run, b_step)), b_step, depth,
-                             cursors[0], ahead_step, cursors[1], near_step)  # fmt: skip
-        tile.leave(c, accumulate, epilogue)
+
+        def product(half: bool) -> None:
+            tile = _Tile(b, bits.literal_value, rows, nv.literal_value, half, even=False,
+                         gaps=bool(gaps.literal_value))  # fmt: skip
+            tile.ask_for_results(c, epilogue)
+            with cgutils.for_range(b, outer) as u, cgutils.for_range(b, inner) as v:
+                a_run = b.add(b.mul(u.index, a_outer), b.mul(v.index, a_inner))
+                b_run = b.add(b.mul(u.index, b_outer), b.mul(v.index, b_inner))
+                tile.add_segment(b.add(a, b.mul(a_run, size)), offsets, b.add(panel, b.mul(b_run, b_step)), b_step,
+                                 depth, cursors[0], ahead_step, cursors[1], near_step)  # fmt: skip
+            tile.leave(c, accumulate, epilogue)
+
+        _whole_or_half(b, halves.literal_value, in_half, product)
         return context.get_dummy_value()
 
     return signature, codegen
@@ -128,7 +153,7 @@ def gemm_rows(typing, bits, mr, nv, a, pitch, depth, panel, b_pitch, c, accumula
 
     def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Any:
         a, pitch, depth, panel, b_pitch, c, accumulate, ahead, ahead_step, near = args[3:]
-        tile = _Tile(b, bits.literal_value, mr.literal_value, nv.literal_value, even=True)
+        tile = _Tile(b, bits.literal_value, mr.literal_value, nv.literal_value, half=False, even=True)
         size = word(tile.lanes.item_bytes)
         cursors = [cgutils.alloca_once_value(b, first) for first in (ahead, near)]
         tile.ask_for(c)
@@ -142,38 +167,41 @@ def gemm_rows(typing, bits, mr, nv, a, pitch, depth, panel, b_pitch, c, accumula
 
 
 @intrinsic(prefer_literal=True)
-def gemm_segments(typing, bits, mr, nv, segments, count, row, panel, b_pitch, c, accumulate, ahead, ahead_step,
-                  is_finished, bias, residual, residuals, relu, out, outs):  # fmt: skip
+def gemm_segments(typing, bits, mr, nv, halves, in_half, segments, count, row, panel, b_pitch, c, accumulate, ahead,
+                  ahead_step, is_finished, bias, residual, residuals, relu, out, outs):  # fmt: skip
     """gemm_rows over `count` segments, which stand in a table of words: first row, bytes from row to row, channels.
 
+    halves, in_half   as in `gemm_tile`
     row            of each segment, the first of the tile
     is_finished    0: the sums go to C; else they are finished, as `Sums.finish` says, and go to the output, of which
-                   there must be a whole tile; addresses, and offsets of rows in elements
+                   there must be a whole tile, or half of its filters; addresses, and offsets of rows in elements
     """
-    if not literals(bits, mr, nv):
+    if not literals(bits, mr, nv, halves):
         return None
-    signature = types.void(bits, mr, nv, *[types.intp] * 16)
+    signature = types.void(bits, mr, nv, halves, *[types.intp] * 17)
 
     def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        segments, count, row, panel, b_pitch, c, accumulate, ahead, ahead_step, *epilogue = args[3:]
-        rows = mr.literal_value
-        tile = _Tile(b, bits.literal_value, rows, nv.literal_value, even=True)
-        size = word(tile.lanes.item_bytes)
-        b_step = b.mul(b_pitch, size)
+        in_half, segments, count, row, panel, b_pitch, c, accumulate, ahead, ahead_step, *epilogue = args[4:]
+        rows, item = mr.literal_value, bits.literal_value // 8
+        b_step = b.mul(b_pitch, word(item))
         far, near, B = (cgutils.alloca_once_value(b, first) for first in (ahead, ahead, panel))
-        tile.ask_for_results(c, epilogue)
         table = b.inttoptr(segments, I64.as_pointer())
-        with cgutils.for_range(b, count) as n:
-            first, step, depth = (
-                b.load(b.gep(table, [b.add(b.mul(n.index, word(SEGMENT_WORDS)), word(k))])) for k in range(3)
-            )
-            start = b.add(first, b.mul(row, step))
-            b.store(b.add(start, b.mul(step, word(rows))), near)
-            here = b.load(B)
-            tile.add_segment(start, step, here, b_step, depth, far, ahead_step, near,
-                             word(rows * tile.lanes.item_bytes))  # fmt: skip
-            b.store(b.add(here, b.mul(depth, b_step)), B)
-        tile.leave(c, accumulate, epilogue)
+
+        def product(half: bool) -> None:
+            tile = _Tile(b, bits.literal_value, rows, nv.literal_value, half, even=True)
+            tile.ask_for_results(c, epilogue)
+            with cgutils.for_range(b, count) as n:
+                first, step, depth = (
+                    b.load(b.gep(table, [b.add(b.mul(n.index, word(SEGMENT_WORDS)), word(k))])) for k in range(3)
+                )
+                start = b.add(first, b.mul(row, step))
+                b.store(b.add(start, b.mul(step, word(rows))), near)
+                here = b.load(B)
+                tile.add_segment(start, step, here, b_step, depth, far, ahead_step, near, word(rows * item))
+                b.store(b.add(here, b.mul(depth, b_step)), B)
+            tile.leave(c, accumulate, epilogue)
+
+        _whole_or_half(b, halves.literal_value, in_half, product)
         return context.get_dummy_value()
 
     return signature, codegen

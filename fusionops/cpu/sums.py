@@ -17,21 +17,27 @@ from fusionops.cpu.simd import I64, VECTOR_BYTES, Lanes, word
 class Sums:
     """Sums that begin at zero and are kept in registers."""
 
-    def __init__(self, b: ir.IRBuilder, lanes: Lanes, rows: int, vectors: int) -> None:
-        self.b, self.lanes, self.rows, self.vectors = b, lanes, rows, vectors
+    def __init__(self, b: ir.IRBuilder, lanes: Lanes, rows: int, vectors: int, pitch: int | None = None) -> None:
+        """pitch: vectors from one row of C to the next, where these are not all its rows have."""
+        self.b, self.lanes, self.rows, self.vectors, self.pitch = b, lanes, rows, vectors, pitch or vectors
         self.sums = [cgutils.alloca_once(b, lanes.type) for _ in range(rows * vectors)]  # become registers
         for s in self.sums:
             b.store(lanes.constant(0.0), s)
 
     def places(self, c: ir.Value) -> list[ir.Value]:
         C = self.lanes.pointer(c)
-        return [self.b.gep(C, [word(k * self.lanes.count)]) for k in range(len(self.sums))]
+        vectors = (i * self.pitch + j for i in range(self.rows) for j in range(self.vectors))
+        return [self.b.gep(C, [word(vector * self.lanes.count)]) for vector in vectors]
+
+    def begins_line(self, k: int) -> bool:
+        """Whether sum k is the first of a cache line of its row."""
+        return k % self.vectors * self.lanes.count * self.lanes.item_bytes % VECTOR_BYTES == 0
 
     def ask_for(self, c: ir.Value) -> None:
         """Starts the misses of `store` before the product."""
-        step = VECTOR_BYTES // (self.lanes.count * self.lanes.item_bytes)
-        for place in self.places(c)[::step]:
-            self.lanes.prefetch(place, write=True)
+        for k, place in enumerate(self.places(c)):
+            if self.begins_line(k):
+                self.lanes.prefetch(place, write=True)
 
     def store(self, c: ir.Value) -> None:
         for s, place in zip(self.sums, self.places(c), strict=True):
@@ -56,7 +62,7 @@ class Sums:
         """Starts the misses of rows that are added or written after the product; not where the base is 0."""
         with self.b.if_then(self.b.icmp_signed("!=", base, word(0))):
             for k, place in self._row_places(base, offsets):
-                if k * self.lanes.count * self.lanes.item_bytes % VECTOR_BYTES == 0:
+                if self.begins_line(k):
                     self.lanes.prefetch(place, write=write)
 
     def ask_for_results(self, c: ir.Value, epilogue: Sequence[ir.Value]) -> None:
