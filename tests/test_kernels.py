@@ -25,8 +25,13 @@ from kernel_checks import (
     with_batch,
 )
 
+import fusionops as fo
 from fusionops import cpu, reference
 from fusionops.cpu import amx, threads, winograd
+from fusionops.cpu.add_task import add_task
+from fusionops.cpu.conv import conv_task
+from fusionops.cpu.gemm_task import gemm_task
+from fusionops.cpu.simd import VECTOR_BYTES
 from fusionops.device import CPU_PROFILES
 from fusionops.kernel import Filters, Kernel
 from fusionops.problems import PROBLEMS, Problem, conv
@@ -294,3 +299,15 @@ def test_warmup_compiles_all_that_it_names():
     assert {total for _, total, _ in told} == {len(told) - 1}
     assert len({what for _, _, what in told}) == len(told)
     assert told[-1][2] == "done"
+    names = {what for _, _, what in told}
+    assert {f"{kind} add float32" for kind in ("plain", "contiguous", "any")} <= names
+    assert any("half" in name for name in names) == (cpu.device().vector_bytes < VECTOR_BYTES)
+    tasks = add_task, conv_task, gemm_task
+    compiled = [task.cache_info().misses for task in tasks]
+    x, coarse = np.ones((1, 4, 4, 32), np.float32), np.ones((1, 2, 2, 32), np.float32)
+    for filters in (24, 32):
+        for taps in (1, 3):
+            fo.add_conv([x, x], np.ones((taps, taps, 32, filters), np.float32), strict=True)
+    for sources in ([x, x], [x, fo.Source(x, weight=2.0)], [x, fo.Source(coarse, upsample=2)], [x, x[..., ::-1]]):
+        fo.add(sources)
+    assert [task.cache_info().misses for task in tasks] == compiled

@@ -111,7 +111,7 @@ def locate_task(params, index):
 
 
 @functools.cache
-def conv_task(bits: int, mr: int, nv: int, half: bool = False, gaps: bool = False) -> int:
+def conv_task(bits: int, mr: int, nv: int, half: bool, *, gaps: bool = False) -> int:
     """Address of the task compiled for one register tile, and for half of it if asked; gaps if groups have parts."""
     width = nv * (512 // bits)
     halves, has_gaps = int(half), int(gaps)

@@ -86,7 +86,7 @@ split_rows = inline(tiles_of)
 
 
 @functools.cache
-def gemm_task(bits: int, mr: int, nv: int, half: bool = False) -> int:
+def gemm_task(bits: int, mr: int, nv: int, half: bool) -> int:
     """Address of the task compiled for one register tile and the shorter one, and for half of each if asked."""
     width = nv * (512 // bits)
     item = bits // 8

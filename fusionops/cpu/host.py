@@ -31,7 +31,7 @@ from fusionops.cpu import (
 )
 from fusionops.cpu.formats import FORMATS
 from fusionops.cpu.target import target
-from fusionops.cpu.tiling import register_tiles
+from fusionops.cpu.tiling import ends_in_half, register_tiles
 from fusionops.cpu.transform import TAPS
 from fusionops.device import KIB, MIB, CpuDevice
 
@@ -105,12 +105,13 @@ def warmup(progress: Callable[[int, int, str], None] | None = None) -> None:
         for kind, is_plain in (("plain", True), ("any", False)):
             finish = functools.partial(epilogue.tile_finisher, form.bits, form.stored, is_plain)
             load = functools.partial(prologue.tile_loader, form.bits, form.bits, form.stored, is_plain)
-            add = functools.partial(add_task.add_task, form.bits, form.stored, is_plain)
             steps += [
-                (f"{kind} add {name}", add),
                 (f"{kind} epilogue {name}", finish),
                 (f"{kind} tile load {name}", load),
             ]
+        for kind, way in (("plain", add_task.SUMS), ("contiguous", add_task.RUNS), ("any", add_task.GENERAL)):
+            add = functools.partial(add_task.add_task, form.bits, form.stored, way)
+            steps.append((f"{kind} add {name}", add))
         if form.bits == winograd_task.BITS:
             steps += [
                 (
@@ -122,12 +123,17 @@ def warmup(progress: Callable[[int, int, str], None] | None = None) -> None:
     for bits in (32, 64):
         name = f"float{bits}"
         for mr, nv in register_tiles(device()):
-            steps.append((f"convolution {name} {mr}x{nv}", functools.partial(conv.conv_task, bits, mr, nv)))
             if bits == winograd_task.BITS:
                 steps.append((f"winograd {name} {mr}x{nv}", functools.partial(winograd_task.winograd_task, mr, nv)))
-            steps.append((f"product {name} {mr}x{nv}", functools.partial(gemm_task.gemm_task, bits, mr, nv)))
+            for half in {False, ends_in_half(1, bits // 8, nv, device())}:
+                tile = f"{name} {mr}x{nv}" + (" and half" if half else "")
+                steps += [
+                    (f"convolution {tile}", functools.partial(conv.conv_task, bits, mr, nv, half)),
+                    (f"product {tile}", functools.partial(gemm_task.gemm_task, bits, mr, nv, half)),
+                ]
         pixels = min(grouped.MOST_PIXELS, next(mr for mr, nv in register_tiles(device()) if nv == 1))
-        steps.append((f"groups {name} {pixels}x1", functools.partial(conv.conv_task, bits, pixels, 1, gaps=1)))
+        groups = functools.partial(conv.conv_task, bits, pixels, 1, False, gaps=True)
+        steps.append((f"groups {name} {pixels}x1", groups))
         steps.append((f"product {name} few pixels", functools.partial(outer_task.outer_task, bits)))
         steps.append((f"product {name} few filters", functools.partial(planes_task.planes_task, bits)))
         steps.append((f"dot products {name}", functools.partial(dots_task.dots_task, bits)))
