@@ -132,8 +132,9 @@ def warmup(progress: Callable[[int, int, str], None] | None = None) -> None:
                     (f"product {tile}", functools.partial(gemm_task.gemm_task, bits, mr, nv, half)),
                 ]
         pixels = min(grouped.MOST_PIXELS, next(mr for mr, nv in register_tiles(device()) if nv == 1))
-        groups = functools.partial(conv.conv_task, bits, pixels, 1, False, gaps=True)
-        steps.append((f"groups {name} {pixels}x1", groups))
+        for half in {False, ends_in_half(1, bits // 8, 1, device())}:
+            groups = functools.partial(conv.conv_task, bits, pixels, 1, half, gaps=True)
+            steps.append((f"groups {name} {pixels}x1" + (" and half" if half else ""), groups))
         steps.append((f"product {name} few pixels", functools.partial(outer_task.outer_task, bits)))
         steps.append((f"product {name} few filters", functools.partial(planes_task.planes_task, bits)))
         steps.append((f"dot products {name}", functools.partial(dots_task.dots_task, bits)))
