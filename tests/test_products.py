@@ -24,7 +24,7 @@ def test_winograd_forms_a_quarter_of_whole_tiles():
     assert strict.formed_flops == strict.cost.contraction_flops
     assert "forms  " not in str(strict)
     odd = fo.explain("add_conv", [full(2, 33, 31, 32)], f, padding="same")
-    assert odd.formed_flops == 2 * 36 * (2 * 9 * 8) * 32 * 8
+    assert odd.formed_flops == 2 * 2 * (6 * 6 + 3 * 5) * (7 * 6 + 5) * 32 * 8  # tiles of 4 outputs and of 3
 
 
 def test_winograd_of_5x5_forms_36_products_of_100():

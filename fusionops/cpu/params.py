@@ -72,8 +72,10 @@ ROW_SUMS, BLOCK_SUMS = 78, 79  # pixels from one row of sums to the next, where 
 TAPS, OUTPUTS = 80, 81  # extents of a section's filters and of a tile
 TRANSFORM_INPUTS, TRANSFORM_OUTPUTS = 82, 83  # procedures
 PATCHES = 84  # of each tile: one for every section of the filters
+OUTPUTS_P, OUTPUTS_Q = 85, 86  # that a tile keeps; one fewer behind the first WHOLE_P rows and WHOLE_Q columns of tiles
+WHOLE_P, WHOLE_Q = 87, 88
 
-SOURCES = 85
+SOURCES = 89
 SOURCE_WORDS = 12  # the last one is free
 S_BASE, S_N, S_H, S_W, S_C = 0, 1, 2, 3, 4
 S_UP_H, S_UP_W = 5, 6

@@ -4,6 +4,9 @@
 
     F(5×5, 2×2), F(4×4, 3×3), F(3×3, 4×4), F(2×2, 5×5)    y: m×m outputs, g: t×t taps, m + t = 7; d is the same for all
 
+The point 0 is part of the first output alone, ∞ of the last: a tile that keeps one output less along an axis does
+without ∞, one that keeps two less without 0 too. Other points, inputs and filters stay as they are.
+
 The rows of Bᵀ and G evaluate polynomials at the points 0, ±¾, ±1½ and ∞. They are exact in binary; over data of any
 kind these points give 0.4 to 0.5 of the error of the textbook's 0, ±1, ±2, ∞ for the same operations, and points nearer
 to the best ones known (0, ±0.7, ±1.4) no less. Sources: Lavin and Gray, arXiv:1509.09308; Barabasz et al.,
@@ -95,11 +98,17 @@ def _both_axes(v: Lanes, one_axis: Callable[[Lanes, Vectors], Vectors], values: 
 
 
 def _transform(
-    one_axis: Callable[[Lanes, Vectors, int], Vectors], extent: int | None = PATCH, *, always: int | None = None
+    one_axis: Callable[[Lanes, Vectors, int], Vectors],
+    extent: int | None = PATCH,
+    *,
+    always: int | None = None,
+    keeps: bool = False,
 ) -> Any:
     """The code of a transform whose values beyond the first `always` of each axis (None: no value) may be missing.
 
     extent   values of each axis; None: `size`, a literal argument of the code
+    keeps    whether rows and cols are those of the results that are kept: `size`, or without the last, or without the
+             last and the first
     """
 
     @intrinsic(prefer_literal=True)
@@ -112,6 +121,7 @@ def _transform(
             return None
         signature = types.void(bits, size, *[types.intp] * 9)
         count_read = extent or size.literal_value
+        last = (size.literal_value if keeps else PATCH) - 1  # of the results of an axis
 
         def along(lanes: Lanes, vectors: Vectors) -> Vectors:
             return one_axis(lanes, vectors, size.literal_value)
@@ -123,11 +133,21 @@ def _transform(
             to, source = lanes.pointer(to), lanes.pointer(source)
             every = ir.Constant(lanes.mask, [1] * lanes.count)
 
-            def place(base: ir.Value, r: int, row: ir.Value, s: int, col: ir.Value, offset: ir.Value) -> ir.Value:
-                return b.gep(base, [b.add(b.add(b.mul(row, word(r)), b.mul(col, word(s))), offset)])
+            def place(
+                base: ir.Value, r: ir.Value, row: ir.Value, s: ir.Value, col: ir.Value, offset: ir.Value
+            ) -> ir.Value:
+                return b.gep(base, [b.add(b.add(b.mul(row, r), b.mul(col, s)), offset)])
+
+            # A first row or column that is not kept goes where the second goes, a last column where the one before it
+            # goes; those are stored later. A last row lies behind the others.
+            to_rows = to_cols = [word(i) for i in range(last + 1)]
+            if keeps:
+                above, left = (b.ashr(b.sub(word(last + 1), kept), word(1)) for kept in (rows, cols))
+                to_rows = [word(0), *(b.sub(word(i), above) for i in range(1, last + 1))]
+                to_cols = [word(0), *(b.sub(word(i), left) for i in range(1, last)), b.sub(cols, word(1))]
 
             def value(r: int, s: int, offset: ir.Value, tail: Tail | None) -> ir.Value:
-                where = place(source, r, row, s, col, offset)
+                where = place(source, word(r), row, word(s), col, offset)
                 if always is None or (r < always and s < always):
                     return lanes.load_part(where, tail)
                 inside = b.and_(b.icmp_signed(">", rows, word(r)), b.icmp_signed(">", cols, word(s)))
@@ -136,9 +156,11 @@ def _transform(
 
             def body(offset: ir.Value, tail: Tail | None) -> None:
                 values = [[value(r, s, offset, tail) for s in range(count_read)] for r in range(count_read)]
-                for i, results in enumerate(_both_axes(lanes, along, values)):
-                    for j, result in enumerate(results):
-                        lanes.store_part(result, place(to, i, to_row, j, to_col, offset), tail)
+                results = _both_axes(lanes, along, values)
+                for i in range(last + 1):
+                    for j in (last, *range(last)):
+                        where = place(to, to_rows[i], to_row, to_cols[j], to_col, offset)
+                        lanes.store_part(results[i][j], where, tail)
 
             vector_loop(b, lanes, count, body)
             return context.get_dummy_value()
@@ -151,4 +173,4 @@ def _transform(
 whole_input_transform = _transform(_input_1d)  # size: PATCH
 part_input_transform = _transform(_input_1d, always=outputs_of(max(TAPS)))
 filter_transform = _transform(_filter_1d, None)  # size: taps
-output_transform = _transform(_output_1d)  # size: outputs
+output_transform = _transform(_output_1d, keeps=True)  # size: outputs

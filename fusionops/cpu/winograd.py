@@ -10,7 +10,7 @@ import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -125,6 +125,27 @@ def _products(conv: Conv2d, taps: int) -> float:
     return _patches(conv, taps) * POINTS / outputs_of(taps) ** 2
 
 
+class Axis(NamedTuple):
+    """How tiles lie along an axis of the outputs: the first `whole` of them keep `outputs`, the others one fewer."""
+
+    tiles: int
+    outputs: int
+    whole: int
+
+    def points(self, taps: int) -> int:
+        """Of all tiles: those of their outputs alone."""
+        return self.tiles * (self.outputs + taps - 2) + self.whole
+
+
+def _axis(extent: int, outputs: int) -> Axis:
+    """The tiles that form the fewest products; they reach beyond extents of 1, and of 2 where filters have 2 taps."""
+    tiles = -(-extent // outputs)
+    spare = tiles * outputs - extent
+    if spare > tiles and outputs > 2:
+        spare, outputs = spare - tiles, outputs - 1
+    return Axis(tiles, outputs, max(0, tiles - spare))
+
+
 @dataclass(frozen=True, kw_only=True)
 class WinogradTiling(Tiling):
     """A convolution by tiles of outputs × outputs pixels.
@@ -185,7 +206,8 @@ def _tilings(spec: FusionSpec, device: CpuDevice) -> Iterator[tuple[float, Winog
     conv, C = spec.conv, spec.C
     K, taps = conv.K, taps_of(conv)
     outputs, patches = outputs_of(taps), _patches(conv, taps)
-    tiles = spec.N * -(-spec.P // outputs) * -(-spec.Q // outputs)
+    rows, cols = (_axis(extent, outputs) for extent in (spec.P, spec.Q))
+    tiles = spec.N * rows.tiles * cols.tiles
     most = DEPTH_OF_NARROW if _is_whole(conv) and device.vector_bytes < VECTOR_BYTES else DEPTH
     depth = min(C, LINE * balanced(-(-C // LINE), max(1, most // (LINE * patches))))
     mr, nv = choose_register_tile(K, ITEM, device, narrow=True)
@@ -194,13 +216,13 @@ def _tilings(spec: FusionSpec, device: CpuDevice) -> Iterator[tuple[float, Winog
     packed = POINTS * blocks * width * C * patches
     is_near = packed * ITEM <= device.l2_bytes
     is_large = not FORMATS[spec.dtype].is_narrow and math.prod(spec.out_shape) * ITEM >= AROUND_BYTES
-    row_tiles = balanced(-(-spec.Q // outputs), RUN)
+    row_tiles = balanced(max(cols.whole, cols.tiles - cols.whole), RUN)
     strip_rows = (outputs - 1) * conv.stride[0] + conv.R
     pitch = (outputs * row_tiles - 1) * conv.stride[1] + conv.S
     for per_task in range(NEAR_TILES if is_near else FAR_TILES, 0, -1):
         groups = -(-tiles // (per_task * mr))
         task_tiles = -(-tiles // groups)
-        rows = rows_of(task_tiles, mr)
+        task_rows = rows_of(task_tiles, mr)
         for task_blocks in range(max(1, min(blocks, TASK_FILTERS // width)), 0, -1):
             tiling = WinogradTiling(
                 bits=BITS, mr=mr, nv=nv, depth=depth, chunks=-(-C // depth), blocks=blocks, task_blocks=task_blocks,
@@ -209,16 +231,18 @@ def _tilings(spec: FusionSpec, device: CpuDevice) -> Iterator[tuple[float, Winog
             )  # fmt: skip
             if tiling.scratch_bytes <= SCRATCH_LIMIT:
                 tasks = groups * -(-blocks // task_blocks)
-                reading = (NEAR_COST if is_near else FAR_COST) * mr / rows
-                yield rounds(tasks, device) * rows * (task_blocks * width + TRANSFORM_FILTERS) * (1 + reading), tiling
+                reading = (NEAR_COST if is_near else FAR_COST) * mr / task_rows
+                filters = (task_blocks * width + TRANSFORM_FILTERS) * (1 + reading)
+                yield rounds(tasks, device) * task_rows * filters, tiling
 
 
 def cut(spec: FusionSpec, tiling: WinogradTiling, words: Words, filters: Strides | None) -> tuple[int, bool]:
     """The words of tiles and filter blocks; the number of tasks; filters are always packed."""
-    tiles_p, tiles_q = -(-spec.P // tiling.outputs), -(-spec.Q // tiling.outputs)
-    tiles = spec.N * tiles_p * tiles_q
-    words[[at.TILES_P, at.TILES_Q, at.TILES, at.TASK_TILES, at.ROW_TILES]] = (
-        tiles_p, tiles_q, tiles, tiling.tiles, tiling.row_tiles)  # fmt: skip
+    rows, cols = (_axis(extent, tiling.outputs) for extent in (spec.P, spec.Q))
+    tiles = spec.N * rows.tiles * cols.tiles
+    words[[at.TILES, at.TASK_TILES, at.ROW_TILES]] = tiles, tiling.tiles, tiling.row_tiles
+    words[[at.TILES_P, at.OUTPUTS_P, at.WHOLE_P]] = rows
+    words[[at.TILES_Q, at.OUTPUTS_Q, at.WHOLE_Q]] = cols
     words[at.PITCH] = tiling.pitch
     words[at.AROUND] = tiling.around and words[at.OUT_K] == 1
     if words[at.AROUND]:
@@ -300,10 +324,10 @@ def slow(spec: FusionSpec, device: CpuDevice) -> tuple[str, ...]:
 
 
 def products(spec: FusionSpec) -> int:
-    """Multiply-adds of the transformed patches, whole tiles at the edges."""
+    """Multiply-adds of the transformed patches."""
     taps = taps_of(spec.conv)
-    outputs, patches = outputs_of(taps), _patches(spec.conv, taps)
-    return spec.N * -(-spec.P // outputs) * -(-spec.Q // outputs) * POINTS * patches * spec.C * spec.conv.K
+    points = math.prod(_axis(extent, outputs_of(taps)).points(taps) for extent in (spec.P, spec.Q))
+    return spec.N * points * _patches(spec.conv, taps) * spec.C * spec.conv.K
 
 
 def _kernel(merge: Merge, dtype: str) -> Kernel:

@@ -39,6 +39,8 @@ from fusionops.cpu.transform import (
 from fusionops.cpu.transpose import stack_words
 
 BITS, ITEM = 32, 4
+TABLE_WORDS = POINTS * 3
+POINT_WORDS = 3  # of a point: its first tile, the one after its last, the next point that has tiles
 TAP_WORDS = max(TAPS) ** 2 * 64 * ITEM // WORD_BYTES  # of 64 filters: no block is wider
 
 
@@ -50,27 +52,42 @@ def taps_inside(first, extent, stride, taps):
 
 @inline
 def locate(params, tile, last):
-    """Image, first output row and column of a tile, and how many tiles from it on, before `last`, lie side by side.
+    """Image, row and column of tiles, and how many tiles from this one on, before `last`, are alike and side by side.
 
-    Tiles are numbered along the rows of strips ROW_TILES wide, strip after strip, image after image: tiles that follow
+    Those that keep fewer outputs are the last of a row and of a column of tiles. Tiles are numbered in four classes,
+    each of all images: fewer columns, all, fewer rows, fewer of both; so those that a point is part of follow one
+    another. In a class along the rows of strips ROW_TILES wide, strip after strip, image after image: tiles that follow
     one another share the rows between them while these are in the caches.
     """
     p = words(params)
-    tiles_p, tiles_q, strip, outputs = p[at.TILES_P], p[at.TILES_Q], p[at.ROW_TILES], p[at.OUTPUTS]
-    n, here = tile // (tiles_p * tiles_q), tile % (tiles_p * tiles_q)
-    column = here // (tiles_p * strip) * strip
-    strip = min(strip, tiles_q - column)
-    here -= column * tiles_p
-    count = min(strip - here % strip, last - tile)
-    return n, here // strip * outputs, (column + here % strip) * outputs, count
+    whole_p, whole_q, trimmed_q = p[at.WHOLE_P], p[at.WHOLE_Q], p[at.TILES_Q] - p[at.WHOLE_Q]
+    upper = p[at.N] * whole_p * p[at.TILES_Q]
+    is_lower = tile >= upper
+    row, rows, here = (whole_p, p[at.TILES_P] - whole_p, tile - upper) if is_lower else (0, whole_p, tile)
+    ahead = p[at.N] * rows * (whole_q if is_lower else trimmed_q)
+    is_trimmed = (here >= ahead) == is_lower
+    here -= ahead if here >= ahead else 0
+    col, cols = (whole_q, trimmed_q) if is_trimmed else (0, whole_q)
+    n, here = here // (rows * cols), here % (rows * cols)
+    left = here // (rows * p[at.ROW_TILES]) * p[at.ROW_TILES]
+    strip = min(p[at.ROW_TILES], cols - left)
+    here -= left * rows
+    return n, row + here // strip, col + left + here % strip, min(strip - here % strip, last - tile)
 
 
 @inline
-def load_patches(params, region, n, p0, q0, count, c0, depth):
-    """The merged map under tiles side by side; 0 outside the map."""
+def outputs_at(tile, outputs, whole):
+    """First output that a tile keeps along an axis, and how many."""
+    return tile * outputs - max(0, tile - whole), outputs - (1 if tile >= whole else 0)
+
+
+@inline
+def load_patches(params, region, n, p0, rows, q0, cols, count, c0, depth):
+    """The merged map under tiles side by side that keep rows × cols outputs each; 0 outside the map."""
     p = words(params)
     pitch, outputs = p[at.PITCH], p[at.OUTPUTS]
-    rows, cols = (outputs - 1) * p[at.STRIDE_H] + p[at.R], (outputs * count - 1) * p[at.STRIDE_W] + p[at.S]
+    p0, q0 = p0 - (outputs - rows) // 2, q0 - (outputs - cols) // 2
+    rows, cols = (outputs - 1) * p[at.STRIDE_H] + p[at.R], ((count - 1) * cols + outputs - 1) * p[at.STRIDE_W] + p[at.S]
     h0, w0 = p0 * p[at.STRIDE_H] - p[at.PAD_TOP], q0 * p[at.STRIDE_W] - p[at.PAD_LEFT]
     if h0 < 0 or w0 < 0 or h0 + rows > p[at.H] or w0 + cols > p[at.W]:
         clear(region, rows * pitch * depth * ITEM)
@@ -79,8 +96,8 @@ def load_patches(params, region, n, p0, q0, count, c0, depth):
 
 
 @inline
-def transform_patches(params, values, region, count, depth):
-    """The patches of `count` tiles side by side, all sections of them."""
+def transform_patches(params, values, region, step, count, depth):
+    """The patches of `count` tiles side by side, `step` outputs apart, all sections of them."""
     p = words(params)
     stride_h, stride_w, taps, outputs = p[at.STRIDE_H], p[at.STRIDE_W], p[at.TAPS], p[at.OUTPUTS]
     point, line = p[at.POINT_VALUES], p[at.PITCH] * depth
@@ -92,16 +109,16 @@ def transform_patches(params, values, region, count, depth):
                 for s in range(phase_w, p[at.S], stride_w * taps):
                     cols = outputs - 1 + taps_inside(s, p[at.S], stride_w, taps)
                     call(p[at.TRANSFORM_INPUTS], to, from_tile_to_tile, PATCH * point, point,
-                         region + (r * line + s * depth) * ITEM, outputs * stride_w * depth, stride_h * line,
+                         region + (r * line + s * depth) * ITEM, step * stride_w * depth, stride_h * line,
                          stride_w * depth, rows, cols, count, depth)  # fmt: skip
                     to += depth * ITEM
 
 
 @inline
-def place_outputs(params, outs, residuals, n, p0, q0, count):
-    """Fills the tables of the output pixels of `count` tiles side by side, row by row; returns rows and columns."""
+def place_outputs(params, outs, residuals, n, p0, rows, q0, cols):
+    """Fills the tables of rows × cols output pixels, row by row; returns how many of each are in the map."""
     p = words(params)
-    rows, cols = min(p[at.OUTPUTS], p[at.P] - p0), min(count * p[at.OUTPUTS], p[at.Q] - q0)
+    rows, cols = min(rows, p[at.P] - p0), min(cols, p[at.Q] - q0)
     to, residual = words(outs), words(residuals)
     for i in range(rows):
         line = n * p[at.OUT_N] + (p0 + i) * p[at.OUT_P] + q0 * p[at.OUT_Q]
@@ -112,6 +129,34 @@ def place_outputs(params, outs, residuals, n, p0, q0, count):
             for j in range(cols):
                 residual[i * cols + j] = line + (q0 + j) // p[at.RESIDUAL_UP_W] * p[at.RESIDUAL_Q]
     return rows, cols
+
+
+@inline
+def list_points(params, points, first, last):
+    """Fills the table: for each point the tiles that need it, from and to as counted from `first`, and the next needed.
+
+    Of the outputs of a tile only the first has the first point as a part, and only the last the last point.
+    """
+    p, table = words(params), words(points)
+    whole_p, whole_q = p[at.WHOLE_P], p[at.WHOLE_Q]
+    upper = p[at.N] * whole_p * p[at.TILES_Q]
+    right = p[at.N] * whole_p * (p[at.TILES_Q] - whole_q)  # the end of tiles that keep fewer columns alone
+    corner = upper + p[at.N] * (p[at.TILES_P] - whole_p) * whole_q
+    following = POINTS
+    for point in range(POINTS - 1, -1, -1):
+        i, j = point // PATCH, point % PATCH
+        rows = p[at.OUTPUTS] if i == PATCH - 1 else p[at.OUTPUTS] - 1 if i == 0 else 0
+        cols = p[at.OUTPUTS] if j == PATCH - 1 else p[at.OUTPUTS] - 1 if j == 0 else 0
+        begin, end = first, last
+        if p[at.OUTPUTS_P] <= rows:
+            end = min(end, upper)
+        if p[at.OUTPUTS_Q] <= cols:
+            begin, end = min(max(begin, right), last), min(end, corner)
+        if p[at.OUTPUTS_P] < rows or p[at.OUTPUTS_Q] < cols or end < begin:
+            end = begin
+        item = POINT_WORDS * point
+        table[item], table[item + 1], table[item + 2] = begin - first, end - first, following
+        following = point if begin < end else following
 
 
 @functools.cache
@@ -153,14 +198,15 @@ def transform_inputs_task() -> int:
 def transform_outputs_task(taps: int) -> int:
     """Address of the procedure that transforms the sums of `count` tiles side by side. Steps in elements.
 
-    Columns beyond the map land in the next row, which the tile that owns them writes afterwards.
+    Of each, rows × cols outputs are kept. Columns beyond the map land in the next row, which the tile that owns them
+    writes afterwards.
     """
     outputs = outputs_of(taps)
 
-    def transform_outputs(to, to_step, to_row, to_col, source, step, row, col, count, width):
+    def transform_outputs(to, to_step, to_row, to_col, source, step, row, col, rows, cols, count, width):
         for i in range(count - 1, -1, -1):
             output_transform(BITS, outputs, to + i * to_step * ITEM, to_row, to_col, source + i * step * ITEM, row, col,
-                      PATCH, PATCH, width)  # fmt: skip
+                      rows, cols, width)  # fmt: skip
 
     return task(transform_outputs)
 
@@ -182,18 +228,23 @@ def winograd_task(mr: int, nv: int) -> int:
         block0, block1 = part * p[at.TASK_BLOCKS], min(p[at.BLOCKS], (part + 1) * p[at.TASK_BLOCKS])
         first = index // parts * p[at.TASK_TILES]
         last = min(p[at.TILES], first + p[at.TASK_TILES])
-        tall, short_tiles = split_rows(last - first, mr, short)
-        groups, end = tall + short_tiles, tall * mr + short_tiles * short
-        point_values, point_sums, outputs = p[at.POINT_VALUES], p[at.POINT_SUMS], p[at.OUTPUTS]
+        all_tall, all_short = split_rows(last - first, mr, short)
+        end = all_tall * mr + all_short * short
+        point_values, point_sums = p[at.POINT_VALUES], p[at.POINT_SUMS]
+        points = stack_words(TABLE_WORDS)
+        list_points(params, points, first, last)
+        table = words(points)
 
         for c0 in range(0, p[at.C], p[at.DEPTH]):
             channels = min(p[at.DEPTH], p[at.C] - c0)
             depth = p[at.PATCHES] * channels
             tile = first
             while tile < last:
-                n, p0, q0, count = locate(params, tile, last)
-                load_patches(params, region, n, p0, q0, count, c0, channels)
-                transform_patches(params, values + (tile - first) * depth * ITEM, region, count, channels)
+                n, row, col, count = locate(params, tile, last)
+                p0, rows = outputs_at(row, p[at.OUTPUTS_P], p[at.WHOLE_P])
+                q0, cols = outputs_at(col, p[at.OUTPUTS_Q], p[at.WHOLE_Q])
+                load_patches(params, region, n, p0, rows, q0, cols, count, c0, channels)
+                transform_patches(params, values + (tile - first) * depth * ITEM, region, cols, count, channels)
                 tile += count
             # A register tile is always full. The rest is zero: leftovers may be denormal, on which processors are slow.
             if end != last - first:
@@ -202,15 +253,29 @@ def winograd_task(mr: int, nv: int) -> int:
                           (end - last + first) * depth * ITEM)  # fmt: skip
             panels = p[at.FILTERS] + POINTS * p[at.BLOCKS] * p[at.PATCHES] * c0 * width * ITEM
             panel_bytes = depth * width * ITEM
-            step = width * ITEM // groups + 1
             for point in range(POINTS):
-                for block in range(block0, block1):
+                item = POINT_WORDS * point
+                begin, stop, following_point = table[item], table[item + 1], table[item + 2]
+                tall, short_tiles = all_tall, all_short
+                if stop - begin < last - first:
+                    tall, short_tiles = split_rows(stop - begin, mr, short)
+                    if c0 == 0:  # what is not multiplied is part of outputs that are not kept
+                        for block in range(block1 - block0):
+                            to = sums + (block * POINTS + point) * point_sums * ITEM
+                            clear(to, begin * width * ITEM)
+                            clear(to + stop * width * ITEM, (last - first - stop) * width * ITEM)
+                    begin = max(
+                        0, stop - tall * mr - short_tiles * short
+                    )  # tiles before rather than rows behind the last
+                groups = tall + short_tiles
+                step = width * ITEM // max(1, groups) + 1
+                for block in range(block0, block1 if groups else block0):
                     panel = panels + (point * p[at.BLOCKS] + block) * panel_bytes
                     following = panel + panel_bytes
                     if block + 1 == block1:
-                        following = panels + ((point + 1) * p[at.BLOCKS] + block0) * panel_bytes
-                    to = sums + ((block - block0) * POINTS + point) * point_sums * ITEM
-                    a = values + point * point_values * ITEM
+                        following = panels + (following_point * p[at.BLOCKS] + block0) * panel_bytes
+                    to = sums + (((block - block0) * POINTS + point) * point_sums + begin * width) * ITEM
+                    a = values + (point * point_values + begin * depth) * ITEM
                     for g in range(groups):
                         row, height = min(g, tall) * mr + max(0, g - tall) * short, mr if g < tall else short
                         here, c, ahead = a + row * depth * ITEM, to + row * width * ITEM, following + g * depth * step
@@ -222,8 +287,10 @@ def winograd_task(mr: int, nv: int) -> int:
 
         tile, pixel = first, (block1 - block0) * width if p[at.AROUND] else width  # from one finished pixel to the next
         while tile < last:
-            n, p0, q0, count = locate(params, tile, last)
-            rows, cols = place_outputs(params, outs, residuals, n, p0, q0, count)
+            n, row, col, count = locate(params, tile, last)
+            p0, kept_rows = outputs_at(row, p[at.OUTPUTS_P], p[at.WHOLE_P])
+            q0, kept_cols = outputs_at(col, p[at.OUTPUTS_Q], p[at.WHOLE_Q])
+            rows, cols = place_outputs(params, outs, residuals, n, p0, kept_rows, q0, count * kept_cols)
             for block in range(block0, block1):
                 k0 = block * width
                 used = min(width, p[at.K] - k0)
@@ -232,8 +299,8 @@ def winograd_task(mr: int, nv: int) -> int:
                     for i in range(rows):
                         ask_for_channels(params, outs + i * cols * 8, cols, k0, used)
                 aside = (block - block0) * width * ITEM if p[at.AROUND] else 0
-                call(p[at.TRANSFORM_OUTPUTS], finished + aside, outputs * pixel, cols * pixel, pixel,
-                     start, width, PATCH * point_sums, point_sums, count, width)  # fmt: skip
+                call(p[at.TRANSFORM_OUTPUTS], finished + aside, kept_cols * pixel, cols * pixel, pixel,
+                     start, width, PATCH * point_sums, point_sums, kept_rows, kept_cols, count, width)  # fmt: skip
                 finish_tile(params, finished + aside, pixel, outs, residuals, copy + aside, rows * cols, k0, used,
                             p[at.OUT_K] != 1 or p[at.AROUND])  # fmt: skip
                 if p[at.OUT_K] != 1:
