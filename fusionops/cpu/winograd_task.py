@@ -39,8 +39,8 @@ from fusionops.cpu.transform import (
 from fusionops.cpu.transpose import stack_words
 
 BITS, ITEM = 32, 4
-TABLE_WORDS = POINTS * 3
 POINT_WORDS = 3  # of a point: its first tile, the one after its last, the next point that has tiles
+TABLE_WORDS = POINTS * POINT_WORDS
 TAP_WORDS = max(TAPS) ** 2 * 64 * ITEM // WORD_BYTES  # of 64 filters: no block is wider
 
 
@@ -259,14 +259,13 @@ def winograd_task(mr: int, nv: int) -> int:
                 tall, short_tiles = all_tall, all_short
                 if stop - begin < last - first:
                     tall, short_tiles = split_rows(stop - begin, mr, short)
-                    if c0 == 0:  # what is not multiplied is part of outputs that are not kept
+                    if c0 == 0:  # part of outputs that are not kept: leftovers may be denormal here too
                         for block in range(block1 - block0):
                             to = sums + (block * POINTS + point) * point_sums * ITEM
                             clear(to, begin * width * ITEM)
                             clear(to + stop * width * ITEM, (last - first - stop) * width * ITEM)
-                    begin = max(
-                        0, stop - tall * mr - short_tiles * short
-                    )  # tiles before rather than rows behind the last
+                    # What a register tile has to spare are tiles before these, not rows behind the last one.
+                    begin = max(0, stop - tall * mr - short_tiles * short)
                 groups = tall + short_tiles
                 step = width * ITEM // max(1, groups) + 1
                 for block in range(block0, block1 if groups else block0):
