@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numba
 import numpy as np
 import pytest
 from kernel_checks import assert_same_bits, assert_within, execute_on, expected_of, with_batch
 
 from fusionops import cpu
-from fusionops.cpu import winograd
-from fusionops.cpu.transform import PATCH, TAPS, outputs_of
+from fusionops.cpu import params as at
+from fusionops.cpu import winograd, winograd_task
+from fusionops.cpu.transform import PATCH, POINTS, TAPS, outputs_of
 from fusionops.problems import conv
 from fusionops.spec import FusionSpec, Merge
 from fusionops.testing import error_bound, random_operands
@@ -37,6 +39,31 @@ def test_tiles_keep_each_output_once_and_form_the_fewest_products(outputs, exten
     assert sum(kept) == extent + beyond
     taps = PATCH + 1 - outputs
     assert axis.points(taps) == extent + beyond + len(kept) * (taps - 1)
+
+
+@numba.njit
+def listed(params, points, first, last):
+    winograd_task.list_points(params, points, first, last)
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 4), (1, 2, 2), (1, 5, 6), (2, 7, 7), (3, 13, 10), (2, 14, 15), (1, 1, 9)])
+@pytest.mark.parametrize("tasks", [1, 2, 3])
+def test_points_of_outputs_that_are_not_kept_are_not_multiplied(shape, tasks):
+    """As many tiles and points as `products` counts, in whatever tasks; 3×3 taps. The next point is one of them."""
+    spec = posed(3, 1, *shape[1:], shape[0])
+    params, table = np.zeros(at.SOURCES, np.int64), np.zeros(winograd_task.TABLE_WORDS, np.int64)
+    winograd.cut(spec, KERNEL.plan(spec, cpu.device()), params, None)
+    params[at.N], tiles = shape[0], int(params[at.TILES])
+    count = 0
+    for task in range(tasks):
+        first, last = task * tiles // tasks, (task + 1) * tiles // tasks
+        listed(params.ctypes.data, table.ctypes.data, first, last)
+        begin, end, following = table.reshape(POINTS, -1).T
+        assert np.all(begin >= 0) & np.all(begin <= end) & np.all(end <= last - first)
+        needed = np.flatnonzero(end > begin)
+        assert [following[point] for point in needed] == [*needed[1:], POINTS][: len(needed)]
+        count += np.sum(end - begin)
+    assert winograd.products(spec) == count * 33 * 9
 
 
 @pytest.mark.parametrize(("taps", "stride"), [(2, 1), (3, 1), (4, 1), (5, 1), (5, 2), (7, 1)])

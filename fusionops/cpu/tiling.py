@@ -1,7 +1,8 @@
 """How a contraction is cut up for a CPU: register tile, output tile, depth of a chunk, filter blocks of a task.
 
-Pure arithmetic. Nothing depends on the number of threads, and the order of every sum depends on the extents of one
-image and its filters alone: C and the taps fix the chunks, whatever the batch, the tile or the split of sources.
+Pure arithmetic. Nothing depends on the number of threads that run; tasks depend on the number of cores there are. The
+order of every sum depends on the extents of one image and its filters alone: C and the taps fix the chunks, whatever
+the batch, the tile or the split of sources.
 """
 
 from __future__ import annotations

@@ -133,7 +133,7 @@ class Axis(NamedTuple):
     whole: int
 
     def points(self, taps: int) -> int:
-        """Of all tiles: those of their outputs alone."""
+        """Along the axis, of all tiles: a tile that keeps fewer outputs has as many points fewer."""
         return self.tiles * (self.outputs + taps - 2) + self.whole
 
 
@@ -304,7 +304,8 @@ def slow(spec: FusionSpec, device: CpuDevice) -> tuple[str, ...]:
     """Why the taps one by one would be faster. Of one image: the choice does not depend on the batch."""
     conv, taps = spec.conv, taps_of(spec.conv)
     outputs, patches = outputs_of(taps), _patches(conv, taps)
-    tiles = -(-spec.P // outputs) * -(-spec.Q // outputs)
+    axes = [_axis(extent, outputs) for extent in (spec.P, spec.Q)]
+    tiles, points = math.prod(axis.tiles for axis in axes), math.prod(axis.points(taps) for axis in axes)
     enough = FEWEST_TILES if spec.C * conv.K * patches <= SMALL_FILTERS else ENOUGH_TILES
     if device.vector_bytes < VECTOR_BYTES:
         enough = FEWEST_TILES_OF_NARROW
@@ -316,7 +317,7 @@ def slow(spec: FusionSpec, device: CpuDevice) -> tuple[str, ...]:
         is_near = POINTS * patches * spec.C * conv.K * ITEM <= NEAR_BYTES
         reading = (NEAR_FILTERS_TILES if is_near else FAR_FILTERS_TILES) * device.vector_bytes / VECTOR_BYTES
         transforms = PATCH_FILTERS * -(-spec.C // LINE) * LINE / spec.C  # of whole vectors of channels
-        ours = POINTS * patches * (tiles * (1 + transforms / conv.K) + reading)
+        ours = patches * (points + POINTS * (tiles * transforms / conv.K + reading))
         gain = conv.R * conv.S * spec.P * spec.Q / ours
         if gain < LEAST_GAIN:
             return (f"{patches} patches a tile are estimated to take {1 / gain:.2f} of the time of the taps",)

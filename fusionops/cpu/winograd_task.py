@@ -55,9 +55,9 @@ def locate(params, tile, last):
     """Image, row and column of tiles, and how many tiles from this one on, before `last`, are alike and side by side.
 
     Those that keep fewer outputs are the last of a row and of a column of tiles. Tiles are numbered in four classes,
-    each of all images: fewer columns, all, fewer rows, fewer of both; so those that a point is part of follow one
-    another. In a class along the rows of strips ROW_TILES wide, strip after strip, image after image: tiles that follow
-    one another share the rows between them while these are in the caches.
+    each of all images: those that keep fewer columns, whole ones, those that keep fewer rows, those that keep fewer of
+    both; so those that need a point follow one another. In a class along the rows of strips ROW_TILES wide, strip after
+    strip, image after image: tiles that follow one another share the rows between them while these are in the caches.
     """
     p = words(params)
     whole_p, whole_q, trimmed_q = p[at.WHOLE_P], p[at.WHOLE_Q], p[at.TILES_Q] - p[at.WHOLE_Q]
@@ -65,7 +65,7 @@ def locate(params, tile, last):
     is_lower = tile >= upper
     row, rows, here = (whole_p, p[at.TILES_P] - whole_p, tile - upper) if is_lower else (0, whole_p, tile)
     ahead = p[at.N] * rows * (whole_q if is_lower else trimmed_q)
-    is_trimmed = (here >= ahead) == is_lower
+    is_trimmed = (here >= ahead) == is_lower  # in the upper classes trimmed columns come first, in the lower ones last
     here -= ahead if here >= ahead else 0
     col, cols = (whole_q, trimmed_q) if is_trimmed else (0, whole_q)
     n, here = here // (rows * cols), here % (rows * cols)
@@ -133,9 +133,10 @@ def place_outputs(params, outs, residuals, n, p0, rows, q0, cols):
 
 @inline
 def list_points(params, points, first, last):
-    """Fills the table: for each point the tiles that need it, from and to as counted from `first`, and the next needed.
+    """Fills the table of points: the first tile of a task that needs one, the tile behind the last, the next point.
 
-    Of the outputs of a tile only the first has the first point as a part, and only the last the last point.
+    Tiles are counted from `first`; the next point is one that any needs. A tile that keeps one output less than OUTPUTS
+    along an axis does without the last point there, one that keeps two less without the first as well.
     """
     p, table = words(params), words(points)
     whole_p, whole_q = p[at.WHOLE_P], p[at.WHOLE_Q]
@@ -145,14 +146,14 @@ def list_points(params, points, first, last):
     following = POINTS
     for point in range(POINTS - 1, -1, -1):
         i, j = point // PATCH, point % PATCH
-        rows = p[at.OUTPUTS] if i == PATCH - 1 else p[at.OUTPUTS] - 1 if i == 0 else 0
-        cols = p[at.OUTPUTS] if j == PATCH - 1 else p[at.OUTPUTS] - 1 if j == 0 else 0
+        least_p = p[at.OUTPUTS] if i == PATCH - 1 else p[at.OUTPUTS] - 1 if i == 0 else 0  # of those that need it
+        least_q = p[at.OUTPUTS] if j == PATCH - 1 else p[at.OUTPUTS] - 1 if j == 0 else 0
         begin, end = first, last
-        if p[at.OUTPUTS_P] <= rows:
+        if p[at.OUTPUTS_P] <= least_p:
             end = min(end, upper)
-        if p[at.OUTPUTS_Q] <= cols:
+        if p[at.OUTPUTS_Q] <= least_q:
             begin, end = min(max(begin, right), last), min(end, corner)
-        if p[at.OUTPUTS_P] < rows or p[at.OUTPUTS_Q] < cols or end < begin:
+        if p[at.OUTPUTS_P] < least_p or p[at.OUTPUTS_Q] < least_q or end < begin:
             end = begin
         item = POINT_WORDS * point
         table[item], table[item + 1], table[item + 2] = begin - first, end - first, following
@@ -198,13 +199,13 @@ def transform_inputs_task() -> int:
 def transform_outputs_task(taps: int) -> int:
     """Address of the procedure that transforms the sums of `count` tiles side by side. Steps in elements.
 
-    Of each, rows × cols outputs are kept. Columns beyond the map land in the next row, which the tile that owns them
-    writes afterwards.
+    Of each, rows × cols outputs are kept. Columns beyond the map, which only a tile alone in its row has, land in the
+    next row, which it stores later.
     """
     outputs = outputs_of(taps)
 
     def transform_outputs(to, to_step, to_row, to_col, source, step, row, col, rows, cols, count, width):
-        for i in range(count - 1, -1, -1):
+        for i in range(count):
             output_transform(BITS, outputs, to + i * to_step * ITEM, to_row, to_col, source + i * step * ITEM, row, col,
                       rows, cols, width)  # fmt: skip
 
@@ -259,7 +260,7 @@ def winograd_task(mr: int, nv: int) -> int:
                 tall, short_tiles = all_tall, all_short
                 if stop - begin < last - first:
                     tall, short_tiles = split_rows(stop - begin, mr, short)
-                    if c0 == 0:  # part of outputs that are not kept: leftovers may be denormal here too
+                    if c0 == 0:  # sums of outputs that are not kept, whose leftovers may be denormal too
                         for block in range(block1 - block0):
                             to = sums + (block * POINTS + point) * point_sums * ITEM
                             clear(to, begin * width * ITEM)
