@@ -80,7 +80,9 @@ SMALL_FILTERS = 1 << 17
 # fewer where they stay in L2; LEAST_GAIN is asked for. Of 95 problems (2×2 to 7×7 taps, strides 1 and 2, 14×14 to
 # 112×112 outputs of 32 to 512 channels and filters, prepacked, 3 interleaved rounds) the estimate was right by a factor
 # of 1.4 (standard deviation). 7×7 took 0.3 to 0.9 of the time tap by tap, 4×4 0.4 to 0.9, 3×3 of stride 2 1.0 to 3.
-# With vectors half as wide reading costs half: then right by a factor of 1.5 in 30 problems, mostly too low (AVX2).
+# With vectors half as wide products take twice as long, and reading costs a quarter of as many: of 160 problems that a
+# half kept on the taps, 24 took 0.21 to 0.89 of the time so (3×3 of stride 2 0.75 to 0.89, others 0.21 to 0.76; AVX2,
+# 32 MiB of L3, 5 interleaved rounds).
 PATCH_FILTERS = 30
 NEAR_FILTERS_TILES, FAR_FILTERS_TILES, NEAR_BYTES = 5, 20, 1 << 21
 LEAST_GAIN = 1.15
@@ -315,7 +317,7 @@ def slow(spec: FusionSpec, device: CpuDevice) -> tuple[str, ...]:
         )
     if patches > 1 or taps == 2:
         is_near = POINTS * patches * spec.C * conv.K * ITEM <= NEAR_BYTES
-        reading = (NEAR_FILTERS_TILES if is_near else FAR_FILTERS_TILES) * device.vector_bytes / VECTOR_BYTES
+        reading = (NEAR_FILTERS_TILES if is_near else FAR_FILTERS_TILES) * (device.vector_bytes / VECTOR_BYTES) ** 2
         transforms = PATCH_FILTERS * -(-spec.C // LINE) * LINE / spec.C  # of whole vectors of channels
         ours = patches * (points + POINTS * (tiles * transforms / conv.K + reading))
         gain = conv.R * conv.S * spec.P * spec.Q / ours
