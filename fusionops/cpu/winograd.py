@@ -64,12 +64,12 @@ FEWEST_TERMS, FEWEST_TERMS_OF_PARTS, FEWEST_CHANNELS_OF_PARTS = 288, 512, 32
 MOST_TAPS = 11
 FEWEST_TAPS = 0.5
 # Images of fewer tiles of outputs are convolved tap by tap: than ENOUGH_TILES where channels times filters exceed
-# SMALL_FILTERS, else than FEWEST_TILES. Of the time tap by tap, with prepacked filters, Winograd took 1.2 to 1.5 with 4
-# tiles (0.47 for 8 images), 0.5 to 1.0 with 9, 0.65 to 0.87 with 16 and 1.07 there with 512 channels and filters (0.53
-# for 4 or 8 images of 256), 0.65 with 25. With filters to transform at each call 0.9 to 2.0 with 9 and 16, 3.1 there
-# with 512 of each, 1.0 with 25. 5×5 filters, tiles of 2×2: prepacked 0.2 to 0.5 with 9, also with 512 channels and
-# filters; transformed at each call 0.5 to 0.6 with 9 to 25, and 1.7 to 2.0 with 512 of each.
-FEWEST_TILES, ENOUGH_TILES = 9, 25
+# SMALL_FILTERS, else than FEWEST_TILES. Of the time tap by tap, with prepacked filters, Winograd took 0.51 to 0.81 with 4
+# tiles of 64 to 256 channels and filters, 1.0 to 1.3 with 512 and 1.1 to 1.4 with 1024 of each; with one tile of 4×4 0.7
+# to 1.1, with 512 1.9; with 9 tiles 0.71 to 0.80 with 512 and 0.58 to 0.71 with 1024; with 16 0.41 to 0.58 (two AVX-512
+# cores with 1 MiB of L2 each, 5 interleaved rounds). Filters to transform at each call: 1.1 to 3.3 with 4 tiles, 2.0
+# with 9 and 1.2 with 16 of 512 channels and filters, 0.98 with 25.
+FEWEST_TILES, ENOUGH_TILES = 4, 9
 # Those were vectors of 64 bytes. With vectors half as wide products take twice as long and filters come as fast: of the
 # time tap by tap Winograd took 0.4 to 0.6 with 4 whole tiles of 128 to 512 channels and filters (AVX2, prepacked), 0.35
 # to 0.55 with 9 and 16 of 512, 0.5 to 0.8 with one or two of up to 256 and 1.3 there with 512.
@@ -80,11 +80,13 @@ SMALL_FILTERS = 1 << 17
 # fewer where they stay in L2; LEAST_GAIN is asked for. Of 95 problems (2×2 to 7×7 taps, strides 1 and 2, 14×14 to
 # 112×112 outputs of 32 to 512 channels and filters, prepacked, 3 interleaved rounds) the estimate was right by a factor
 # of 1.4 (standard deviation). 7×7 took 0.3 to 0.9 of the time tap by tap, 4×4 0.4 to 0.9, 3×3 of stride 2 1.0 to 3.
-# With vectors half as wide products take twice as long, and reading costs a quarter of as many: of 160 problems that a
-# half kept on the taps, 24 took 0.21 to 0.89 of the time so (3×3 of stride 2 0.75 to 0.89, others 0.21 to 0.76; AVX2,
-# 32 MiB of L3, 5 interleaved rounds).
+# Reading cost up to 20 tiles on two AVX-512 cores that share L3 with dozens, 7 fits on two with 32 MiB of their own: 3×3
+# of stride 2 took 0.77 of the time with 40×40 outputs of 128 and 256 channels, 0.90 with 28×28 of 512, 0.95 to 1.04 with
+# 20×20 and 28×28 of 256; 5×5 and 4×4 of stride 2 with 14×14 0.52 to 0.83, 2×2 there 0.58 to 0.77 (prepacked, 5
+# interleaved rounds). With vectors half as wide products take twice as long: of 160 problems that 10 tiles kept on the
+# taps there, 24 took 0.21 to 0.89 of the time so (AVX2, 32 MiB of L3).
 PATCH_FILTERS = 30
-NEAR_FILTERS_TILES, FAR_FILTERS_TILES, NEAR_BYTES = 5, 20, 1 << 21
+NEAR_FILTERS_TILES, FAR_FILTERS_TILES, NEAR_BYTES = 5, 7, 1 << 21
 LEAST_GAIN = 1.15
 # Filters of a task: with 128 the same problems took 0.98 to 1.07 times as long: each part loads the patches again.
 TASK_FILTERS = 256
@@ -317,7 +319,7 @@ def slow(spec: FusionSpec, device: CpuDevice) -> tuple[str, ...]:
         )
     if patches > 1 or taps == 2:
         is_near = POINTS * patches * spec.C * conv.K * ITEM <= NEAR_BYTES
-        reading = (NEAR_FILTERS_TILES if is_near else FAR_FILTERS_TILES) * (device.vector_bytes / VECTOR_BYTES) ** 2
+        reading = (NEAR_FILTERS_TILES if is_near else FAR_FILTERS_TILES) * device.vector_bytes / VECTOR_BYTES
         transforms = PATCH_FILTERS * -(-spec.C // LINE) * LINE / spec.C  # of whole vectors of channels
         ours = patches * (points + POINTS * (tiles * transforms / conv.K + reading))
         gain = conv.R * conv.S * spec.P * spec.Q / ours
