@@ -82,7 +82,7 @@ class Segment:
 
     def _text(self, starts: int) -> str:
         """Operands are numbered: sums, starts, panel, depth, ahead, near, temporaries, those again as inputs, fixed."""
-        count = self.rows * self.vectors
+        count, row_bytes = self.rows * self.vectors, self.vectors * self.lanes.count * self.lanes.item_bytes
         at_start, size = count, self.lanes.item_bytes
         panel, depth, ahead, near = (f"${at_start + starts + k}" for k in range(4))
         first = at_start + starts + 4
@@ -118,9 +118,10 @@ class Segment:
             lines.append(f"addq $${-(-n * self.rows * size // VECTOR_BYTES) * VECTOR_BYTES}, {near}")
             for u in range(n):
                 lines += [f"prefetcht0 {line}({panel},{b_step},{PREFETCH_ROWS})"
-                          for line in range(0, self.vectors * bytes_of_vector, VECTOR_BYTES)]  # fmt: skip
+                          for line in range(0, row_bytes, VECTOR_BYTES)]  # fmt: skip
                 if u % 2:
-                    lines += [f"prefetcht1 ({ahead})", f"addq {ahead_step}, {ahead}"]
+                    lines += [f"prefetcht1 {line}({ahead})" for line in range(0, 2 * row_bytes, VECTOR_BYTES)]
+                    lines.append(f"addq {ahead_step}, {ahead}")
                 lines += step(u)
                 lines.append(f"addq {b_step}, {panel}")
             return [*lines, *(f"addq $${n * size}, ${at_start + k}" for k in range(starts))]
