@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import errno
+import os
+import subprocess
+import sys
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +23,7 @@ from fusionops.cpu.tiling import (
     SCRATCH_LIMIT,
     balanced,
     even_tile,
+    lowest_tile,
     plan,
     rows_of,
     shorter_tile,
@@ -188,14 +193,20 @@ def test_register_tiles_of_two_heights(layout, channels):
         np.testing.assert_array_equal(fo.add_conv(maps, given, bias, **options), expected)
 
 
-@given(st.integers(1, 400), st.sampled_from([2, 6, 9, 14, 24]))
-def test_register_tiles_hold_all_rows_and_little_more(rows, mr):
-    short = shorter_tile(mr)
-    tall_tiles, short_tiles = tiles_of(rows, mr, short)
-    assert tall_tiles * mr + short_tiles * short == rows_of(rows, mr)
-    least = min(-(-max(0, rows - n * short) // mr) * mr + n * short for n in range(rows + 1))
-    assert rows <= rows_of(rows, mr) == least <= -(-rows // mr) * mr
-    assert tiles_of(49, 6, 4) == (7, 2)
+@given(st.integers(0, 400), st.sampled_from([2, 6, 9, 14, 18]), st.booleans())
+def test_register_tiles_hold_all_rows_and_little_more(rows, mr, is_low):
+    short, low = shorter_tile(mr), lowest_tile(mr) if is_low else 0
+    tall_tiles, short_tiles, low_tiles = tiles_of(rows, mr, short, low)
+    assert tall_tiles * mr + short_tiles * short + low_tiles * low == rows_of(rows, mr, low)
+    extras = [n * short + lows * low for n in range(rows + 1) for lows in range(2 if low else 1)]
+    least = min(-(-max(0, rows - extra) // mr) * mr + extra for extra in extras)
+    assert rows <= rows_of(rows, mr, low) == least <= -(-rows // mr) * mr
+    assert low_tiles <= (low > 0)
+
+
+def test_register_tiles_of_three_heights():
+    assert (tiles_of(49, 6, 4, 0), tiles_of(4, 14, 8, 4), tiles_of(32, 14, 8, 4)) == ((7, 2, 0), (0, 0, 1), (2, 0, 1))
+    assert [lowest_tile(mr) for mr in (2, 6, 9, 14, 18)] == [0, 0, 0, 4, 5]
 
 
 @pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
@@ -356,3 +367,34 @@ def test_the_number_of_cores_changes_no_order_of_sums(taps, pixels):
         for profile in CPU_PROFILES:
             depths = {kernel.plan(spec, replace(profile, cores=cores)).depth for cores in (1, 2, 3, 64)}
             assert len(depths) == 1, (kernel.name, profile.name)
+
+
+COMPILES = """
+from fusionops.cpu import device, gemm_task, winograd_task
+from fusionops.cpu.tiling import register_tiles
+
+for mr, nv in register_tiles(device()):
+    for task in (winograd_task.winograd_task(mr, nv), gemm_task.gemm_task(32, mr, nv, False)):
+        assert task
+    print(device().vector_bytes, mr, nv)
+"""
+
+
+@pytest.mark.parametrize(
+    ("processor", "features", "tiles"),
+    [
+        ("skylake-avx512", "avx512f avx512vl avx512bw avx512dq avx512cd avx2 avx fma f16c bmi bmi2", 4),
+        ("haswell", "avx2 avx fma f16c bmi bmi2", 1),
+    ],
+)
+def test_register_tiles_compile_for_other_processors(processor, features, tiles, tmp_path):
+    """LLVM ends the process where a loop in assembly leaves it too few registers."""
+    settings = {
+        "NUMBA_CPU_NAME": processor,
+        "NUMBA_CPU_FEATURES": ",".join(f"+{feature}" for feature in features.split()),
+        "NUMBA_CACHE_DIR": str(tmp_path),
+    }
+    environment = {**os.environ, **settings, "PYTHONPATH": str(Path(fo.__file__).parent.parent)}
+    ran = subprocess.run([sys.executable, "-c", COMPILES], env=environment, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert len(ran.stdout.splitlines()) == tiles, ran.stdout

@@ -14,7 +14,7 @@ import fusionops as fo
 from fusionops import dispatch
 from fusionops.binding import bind_conv
 from fusionops.cpu import amx, winograd
-from fusionops.device import AVX2_LAPTOP, AVX512_SERVER, CpuDevice
+from fusionops.device import AVX2_LAPTOP, AVX512_SERVER
 from fusionops.dispatch import Backend, ReferenceConfig
 from fusionops.kernel import Kernel
 from fusionops.spec import FusionSpec, Merge, SourceSpec
@@ -250,7 +250,16 @@ CHOSEN = [
     ("strict", lambda: fo.explain(fo.add_conv, [WIDE], WIDE_F, strict=True), "cpu.add_conv_fprop_direct_f32"),
     ("strided", lambda: fo.explain(fo.add_conv, [WIDE], WIDE_F, stride=2), "cpu.add_conv_fprop_direct_f32"),
     ("dilated", lambda: fo.explain(fo.add_conv, [WIDE], WIDE_F, dilation=2), "cpu.add_conv_fprop_direct_f32"),
-    ("few_tiles", lambda: fo.explain(fo.add_conv, [WIDE[:, 16:, :14]] * 9, WIDE_F), "cpu.add_conv_fprop_direct_f32"),
+    (
+        "few_tiles",
+        lambda: fo.explain(fo.add_conv, [full(1, 6, 14, 512)], full(3, 3, 512, 512)),
+        "cpu.add_conv_fprop_direct_f32",
+    ),
+    (
+        "few_tiles_of_small_filters",
+        lambda: fo.explain(fo.add_conv, [WIDE[:, 16:, :14]], WIDE_F),
+        "cpu.add_conv_fprop_winograd_f32",
+    ),
     ("few_filters", lambda: fo.explain(fo.add_conv, [WIDE], WIDE_F[..., :4]), "cpu.add_conv_fprop_dots_f32"),
     (
         "few_filters_strict",
@@ -271,15 +280,14 @@ def test_kernel_that_runs(explain, kernel):
     assert explain().kernel == kernel
 
 
-def test_where_vectors_are_narrow_fewer_tiles_are_worth_transformed_filters():
-    """Products take longer there, and reading filters does not."""
-
-    def runs(tiles: int, device: CpuDevice) -> bool:
-        call = bind_conv("add_conv", [full(1, 4 * tiles + 2, 6, 512)], full(3, 3, 512, 512))
+@pytest.mark.parametrize("device", [AVX512_SERVER, AVX2_LAPTOP], ids=["avx512", "avx2"])
+def test_large_filters_are_transformed_for_enough_tiles(device):
+    def runs(tiles: int, filters: int) -> bool:
+        call = bind_conv("add_conv", [full(1, 4 * tiles + 2, 6, 512)], full(3, 3, 512, filters))
         return not winograd.slow(call.judgement.spec, device)
 
-    assert [tiles for tiles in (3, 4, 24, 25) if runs(tiles, AVX512_SERVER)] == [25]
-    assert [tiles for tiles in (3, 4, 24, 25) if runs(tiles, AVX2_LAPTOP)] == [4, 24, 25]
+    assert [tiles for tiles in (1, 3, 4, 25) if runs(tiles, 512)] == [4, 25]
+    assert [tiles for tiles in (1, 3, 4, 25) if runs(tiles, 256)] == [1, 3, 4, 25]
 
 
 def test_remembered_choice_is_the_choice():

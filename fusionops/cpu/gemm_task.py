@@ -97,7 +97,7 @@ def gemm_task(bits: int, mr: int, nv: int, half: bool) -> int:
         scratch = p[at.SCRATCH] + slot * p[at.SCRATCH_BYTES]
         n, p0, p1, q0, q1, group, block0, block1 = locate_task(params, index)
         rows = (p1 - p0) * (q1 - q0)
-        tall, short_tiles = split_rows(rows, mr, short)
+        tall, short_tiles, _ = split_rows(rows, mr, short, 0)
         count, end = tall + short_tiles, tall * mr + short_tiles * short
         outs, residuals, copy = scratch + p[at.AT_OUT], scratch + p[at.AT_RESIDUAL], scratch + p[at.AT_COPY]
         segments = scratch + p[at.AT_SEGMENTS]

@@ -146,12 +146,15 @@ def gemm_rows(typing, bits, mr, nv, a, pitch, depth, panel, b_pitch, c, accumula
     """gemm_tile for rows of A that are `pitch` elements apart, and one segment.
 
     near   asked for in L1 along the way: as many bytes as the rows of A have
+    mr     0: nothing is done
     """
     if not literals(bits, mr, nv):
         return None
     signature = types.void(bits, mr, nv, *[types.intp] * 10)
 
     def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        if mr.literal_value == 0:
+            return context.get_dummy_value()
         a, pitch, depth, panel, b_pitch, c, accumulate, ahead, ahead_step, near = args[3:]
         tile = _Tile(b, bits.literal_value, mr.literal_value, nv.literal_value, half=False, even=True)
         size = word(tile.lanes.item_bytes)

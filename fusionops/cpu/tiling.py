@@ -40,8 +40,9 @@ ENOUGH_TASKS = 4
 MANY_ROUNDS = 16
 # Share of L2 for the filter chunk that all pixels of a tile are multiplied with; the tile itself takes about as much.
 FILTER_SHARE = 4
-# Tiles one vector wide load nearly as often as they multiply. Alone, in L1, one of 24×1 vectors reaches the FMA peak;
-# in six convolutions of U-Net and FPN it took 1.25 to 1.40 times as long as 6×4 (AVX-512, interleaved rounds).
+# Tiles one vector wide load nearly as often as they multiply. Alone, in L1, one of 24×1 vectors reaches the FMA peak of
+# one AVX-512 core and 0.75 of another's; in six convolutions of U-Net and FPN it took 1.25 to 1.40 times as long as 6×4
+# (AVX-512, interleaved rounds).
 ONE_VECTOR_EFFICIENCY = 0.78
 # The tiles are about as fast as one another: 6×4 vectors took 0.85 to 1.05 of the time of 14×2 in fourteen 1×1 and
 # dense problems. In Winograd's products, whose chunks are short, 1.32 for 512 filters at 32×32, 0.92 to 1.06 in six
@@ -50,6 +51,9 @@ NARROW_VECTORS = 2
 # A tile of fewer pixels reads its filters too often. On 16 registers of 32 bytes (AVX2 on the same machine) 2×2 vectors
 # reach 0.87 of the FMA peak alone and 0.60 to 0.66 in three convolutions, 6×1 all of it and 0.70 to 0.87.
 FEWEST_PIXELS = 4
+# Of a tile one vector wide. Pointers to 24 evenly spaced rows take all general registers but one, and LLVM ends the
+# process when it finds none for what surrounds them. 18, 21 and 24 rows alone reach 0.75 of the FMA peak (AVX-512).
+MOST_PIXELS = 18
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +172,7 @@ def register_tiles(device: CpuDevice) -> tuple[tuple[int, int], ...]:
     for nv in (4, 3, 2, 1):
         mr = (device.vector_registers - 1 - nv * per_vector) // (nv * per_vector)
         if mr >= FEWEST_PIXELS or nv == 1:
-            tiles.append((max(1, min(mr, 24)), nv))
+            tiles.append((max(1, min(mr, MOST_PIXELS)), nv))
     return tuple(tiles)
 
 
@@ -225,20 +229,38 @@ def shorter_tile(mr: int) -> int:
     return (mr + 2) // 2
 
 
-def tiles_of(rows: int, mr: int, short: int) -> tuple[int, int]:
-    """How many register tiles of mr rows and, after them, shorter ones hold `rows` with the fewest to spare."""
-    tall_tiles, short_tiles = (rows + mr - 1) // mr, 0
-    for more in range(1, mr):
-        fewer = max(0, (rows - more * short + mr - 1) // mr)
-        if fewer * mr + more * short < tall_tiles * mr + short_tiles * short:
-            tall_tiles, short_tiles = fewer, more
-    return tall_tiles, short_tiles
+def lowest_tile(mr: int) -> int:
+    """Rows of a third register tile, for products of few rows: 4 beside 14 and 8, none (0) beside 6 and 4.
+
+    4 tiles of a Winograd convolution, one 7×7 image, took 0.58 to 0.67 of the time with it, 9 tiles 0.86 (9
+    interleaved rounds, AVX-512).
+    """
+    short = shorter_tile(mr)
+    return short // 2 if short >= 2 * FEWEST_PIXELS else 0
 
 
-def rows_of(rows: int, mr: int) -> int:
+def tiles_of(rows: int, mr: int, short: int, low: int) -> tuple[int, int, int]:
+    """How many register tiles of mr rows, shorter ones, and at most one lowest hold `rows` with the fewest to spare.
+
+    Of equals the fewest tiles.
+    """
+    tall_tiles, short_tiles, low_tiles = (rows + mr - 1) // mr, 0, 0
+    least = (tall_tiles * mr - rows) * (rows + 1) + tall_tiles
+    for lows in range(2 if low > 0 else 1):
+        for shorts in range(mr):
+            talls = max(0, (rows - shorts * short - lows * low + mr - 1) // mr)
+            spare = talls * mr + shorts * short + lows * low - rows
+            cost = spare * (rows + 1) + talls + shorts + lows
+            if spare >= 0 and cost < least:
+                tall_tiles, short_tiles, low_tiles, least = talls, shorts, lows, cost
+    return tall_tiles, short_tiles, low_tiles
+
+
+def rows_of(rows: int, mr: int, low: int = 0) -> int:
     """Of the register tiles that hold `rows`."""
-    tall_tiles, short_tiles = tiles_of(rows, mr, shorter_tile(mr))
-    return tall_tiles * mr + short_tiles * shorter_tile(mr)
+    short = shorter_tile(mr)
+    tall_tiles, short_tiles, low_tiles = tiles_of(rows, mr, short, low)
+    return tall_tiles * mr + short_tiles * short + low_tiles * low
 
 
 def even_tile(pixels: int, most: int, mr: int, parts: int, device: CpuDevice) -> int:

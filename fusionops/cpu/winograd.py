@@ -27,6 +27,7 @@ from fusionops.cpu.tiling import (
     Tiling,
     balanced,
     choose_register_tile,
+    lowest_tile,
     rounds,
     rows_of,
     whole_lines,
@@ -63,28 +64,24 @@ DEPTH_OF_NARROW = 128
 FEWEST_TERMS, FEWEST_TERMS_OF_PARTS, FEWEST_CHANNELS_OF_PARTS = 288, 512, 32
 MOST_TAPS = 11
 FEWEST_TAPS = 0.5
-# Images of fewer tiles of outputs are convolved tap by tap: than ENOUGH_TILES where channels times filters exceed
-# SMALL_FILTERS, else than FEWEST_TILES. Of the time tap by tap, with prepacked filters, Winograd took 0.51 to 0.81 with 4
-# tiles of 64 to 256 channels and filters, 1.0 to 1.3 with 512 and 1.1 to 1.4 with 1024 of each; with one tile of 4×4 0.7
-# to 1.1, with 512 1.9; with 9 tiles 0.71 to 0.80 with 512 and 0.58 to 0.71 with 1024; with 16 0.41 to 0.58 (two AVX-512
-# cores with 1 MiB of L2 each, 5 interleaved rounds). Filters to transform at each call: 1.1 to 3.3 with 4 tiles, 2.0
-# with 9 and 1.2 with 16 of 512 channels and filters, 0.98 with 25.
-FEWEST_TILES, ENOUGH_TILES = 4, 9
-# Those were vectors of 64 bytes. With vectors half as wide products take twice as long and filters come as fast: of the
-# time tap by tap Winograd took 0.4 to 0.6 with 4 whole tiles of 128 to 512 channels and filters (AVX2, prepacked), 0.35
-# to 0.55 with 9 and 16 of 512, 0.5 to 0.8 with one or two of up to 256 and 1.3 there with 512.
-FEWEST_TILES_OF_NARROW = 4
+# Where channels times filters exceed SMALL_FILTERS, images of fewer tiles of outputs are convolved tap by tap. Of the
+# time so, with prepacked filters, Winograd took 0.38 to 0.69 with one tile of 64 to 512 channels and filters, 1.05 to
+# 1.5 with one of 4×4 outputs and 0.45 to 0.8 with one of 3×3 of 512 or 1024 of each, 0.4 to 0.99 there with 4 tiles
+# (two AVX-512 cores with 1 MiB of L2 each, 5 rounds). On AVX2 0.5 to 0.8 with one or two tiles of up to 256, 1.3 there
+# with 512, and 0.4 to 0.6 with 4 tiles of 128 to 512. Filters to transform at each call cost more: 1.3 to 3.3 of
+# the time tap by tap with 4 tiles of 64 to 256 channels and filters, 2.0 with 9 and 1.2 with 16 of 512, 0.98 with 25.
+ENOUGH_TILES = 4
 SMALL_FILTERS = 1 << 17
 # Filters that are cut into sections, and those of 2×2 taps, save less, and what they take is estimated for an image, in
 # products: transforming a patch as those of so many filters; reading the transformed filters as those of so many tiles,
 # fewer where they stay in L2; LEAST_GAIN is asked for. Of 95 problems (2×2 to 7×7 taps, strides 1 and 2, 14×14 to
 # 112×112 outputs of 32 to 512 channels and filters, prepacked, 3 interleaved rounds) the estimate was right by a factor
 # of 1.4 (standard deviation). 7×7 took 0.3 to 0.9 of the time tap by tap, 4×4 0.4 to 0.9, 3×3 of stride 2 1.0 to 3.
-# Reading cost up to 20 tiles on two AVX-512 cores that share L3 with dozens, 7 fits on two with 32 MiB of their own: 3×3
-# of stride 2 took 0.77 of the time with 40×40 outputs of 128 and 256 channels, 0.90 with 28×28 of 512, 0.95 to 1.04 with
-# 20×20 and 28×28 of 256; 5×5 and 4×4 of stride 2 with 14×14 0.52 to 0.83, 2×2 there 0.58 to 0.77 (prepacked, 5
-# interleaved rounds). With vectors half as wide products take twice as long: of 160 problems that 10 tiles kept on the
-# taps there, 24 took 0.21 to 0.89 of the time so (AVX2, 32 MiB of L3).
+# Reading cost up to 20 tiles on two AVX-512 cores that share L3 with dozens, 7 fits on two with 32 MiB of their own,
+# where 3×3 of stride 2 took 0.77 of the time with 40×40 outputs of 128 and 256 channels, 0.90 with 28×28 of 512, 0.95
+# to 1.04 with 20×20 and 28×28 of 256; 5×5 and 4×4 of stride 2 with 14×14 0.52 to 0.83, 2×2 there 0.58 to 0.77
+# (prepacked, 5 interleaved rounds). With vectors half as wide products take twice as long: of 160 problems that 10
+# tiles kept on the taps there, 24 took 0.21 to 0.89 of the time so (AVX2, 32 MiB of L3).
 PATCH_FILTERS = 30
 NEAR_FILTERS_TILES, FAR_FILTERS_TILES, NEAR_BYTES = 5, 7, 1 << 21
 LEAST_GAIN = 1.15
@@ -226,7 +223,7 @@ def _tilings(spec: FusionSpec, device: CpuDevice) -> Iterator[tuple[float, Winog
     for per_task in range(NEAR_TILES if is_near else FAR_TILES, 0, -1):
         groups = -(-tiles // (per_task * mr))
         task_tiles = -(-tiles // groups)
-        task_rows = rows_of(task_tiles, mr)
+        task_rows = rows_of(task_tiles, mr, lowest_tile(mr))
         for task_blocks in range(max(1, min(blocks, TASK_FILTERS // width)), 0, -1):
             tiling = WinogradTiling(
                 bits=BITS, mr=mr, nv=nv, depth=depth, chunks=-(-C // depth), blocks=blocks, task_blocks=task_blocks,
@@ -310,13 +307,9 @@ def slow(spec: FusionSpec, device: CpuDevice) -> tuple[str, ...]:
     outputs, patches = outputs_of(taps), _patches(conv, taps)
     axes = [_axis(extent, outputs) for extent in (spec.P, spec.Q)]
     tiles, points = math.prod(axis.tiles for axis in axes), math.prod(axis.points(taps) for axis in axes)
-    enough = FEWEST_TILES if spec.C * conv.K * patches <= SMALL_FILTERS else ENOUGH_TILES
-    if device.vector_bytes < VECTOR_BYTES:
-        enough = FEWEST_TILES_OF_NARROW
-    if tiles < enough:
-        return (
-            f"an image has {tiles} tiles of {outputs}x{outputs} outputs, {enough} are worth transforming the filters",
-        )
+    if tiles < ENOUGH_TILES and spec.C * conv.K * patches > SMALL_FILTERS:
+        few = f"an image has {tiles} tiles of {outputs}x{outputs} outputs"
+        return (f"{few}, {ENOUGH_TILES} are worth transforming the filters",)
     if patches > 1 or taps == 2:
         is_near = POINTS * patches * spec.C * conv.K * ITEM <= NEAR_BYTES
         reading = (NEAR_FILTERS_TILES if is_near else FAR_FILTERS_TILES) * device.vector_bytes / VECTOR_BYTES

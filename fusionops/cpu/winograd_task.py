@@ -25,7 +25,7 @@ from fusionops.cpu.jit import inline, task
 from fusionops.cpu.microkernel import gemm_rows
 from fusionops.cpu.prologue import load_tile
 from fusionops.cpu.simd import VECTOR_BYTES, call, clear, elements, words
-from fusionops.cpu.tiling import WORD_BYTES, shorter_tile
+from fusionops.cpu.tiling import WORD_BYTES, lowest_tile, shorter_tile
 from fusionops.cpu.transform import (
     PATCH,
     POINTS,
@@ -214,9 +214,9 @@ def transform_outputs_task(taps: int) -> int:
 
 @functools.cache
 def winograd_task(mr: int, nv: int) -> int:
-    """Address of the task compiled for one register tile and the shorter one."""
+    """Address of the task compiled for one register tile and the shorter ones."""
     width = nv * VECTOR_BYTES // ITEM
-    short = shorter_tile(mr)
+    short, low = shorter_tile(mr), lowest_tile(mr)
 
     def winograd(params, index, slot):
         p = words(params)
@@ -229,8 +229,9 @@ def winograd_task(mr: int, nv: int) -> int:
         block0, block1 = part * p[at.TASK_BLOCKS], min(p[at.BLOCKS], (part + 1) * p[at.TASK_BLOCKS])
         first = index // parts * p[at.TASK_TILES]
         last = min(p[at.TILES], first + p[at.TASK_TILES])
-        all_tall, all_short = split_rows(last - first, mr, short)
-        end = all_tall * mr + all_short * short
+        all_tall, all_short, all_low = split_rows(last - first, mr, short, low)
+        end = all_tall * mr + all_short * short + all_low * low
+        trimmed, few_tall, few_short, few_low = 0, 0, 0, 0  # tiles that need a point, where not all do
         point_values, point_sums = p[at.POINT_VALUES], p[at.POINT_SUMS]
         points = stack_words(TABLE_WORDS)
         list_points(params, points, first, last)
@@ -257,17 +258,20 @@ def winograd_task(mr: int, nv: int) -> int:
             for point in range(POINTS):
                 item = POINT_WORDS * point
                 begin, stop, following_point = table[item], table[item + 1], table[item + 2]
-                tall, short_tiles = all_tall, all_short
+                tall, short_tiles, low_tiles = all_tall, all_short, all_low
                 if stop - begin < last - first:
-                    tall, short_tiles = split_rows(stop - begin, mr, short)
+                    if stop - begin != trimmed:
+                        trimmed = stop - begin
+                        few_tall, few_short, few_low = split_rows(trimmed, mr, short, low)
+                    tall, short_tiles, low_tiles = few_tall, few_short, few_low
                     if c0 == 0:  # sums of outputs that are not kept, whose leftovers may be denormal too
                         for block in range(block1 - block0):
                             to = sums + (block * POINTS + point) * point_sums * ITEM
                             clear(to, begin * width * ITEM)
                             clear(to + stop * width * ITEM, (last - first - stop) * width * ITEM)
                     # What a register tile has to spare are tiles before these, not rows behind the last one.
-                    begin = max(0, stop - tall * mr - short_tiles * short)
-                groups = tall + short_tiles
+                    begin = max(0, stop - tall * mr - short_tiles * short - low_tiles * low)
+                groups = tall + short_tiles + low_tiles
                 step = width * ITEM // max(1, groups) + 1
                 for block in range(block0, block1 if groups else block0):
                     panel = panels + (point * p[at.BLOCKS] + block) * panel_bytes
@@ -277,13 +281,16 @@ def winograd_task(mr: int, nv: int) -> int:
                     to = sums + (((block - block0) * POINTS + point) * point_sums + begin * width) * ITEM
                     a = values + (point * point_values + begin * depth) * ITEM
                     for g in range(groups):
-                        row, height = min(g, tall) * mr + max(0, g - tall) * short, mr if g < tall else short
+                        row = min(g, tall) * mr + max(0, g - tall) * short
+                        height = mr if g < tall else short if g < tall + short_tiles else low
                         here, c, ahead = a + row * depth * ITEM, to + row * width * ITEM, following + g * depth * step
                         near = here + height * depth * ITEM
                         if height == mr:
                             gemm_rows(BITS, mr, nv, here, depth, depth, panel, width, c, c0, ahead, step, near)
-                        else:
+                        elif height == short:
                             gemm_rows(BITS, short, nv, here, depth, depth, panel, width, c, c0, ahead, step, near)
+                        else:
+                            gemm_rows(BITS, low, nv, here, depth, depth, panel, width, c, c0, ahead, step, near)
 
         tile, pixel = first, (block1 - block0) * width if p[at.AROUND] else width  # from one finished pixel to the next
         while tile < last:
