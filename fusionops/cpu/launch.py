@@ -28,8 +28,9 @@ from fusionops.kernel import Filters, Operands
 from fusionops.spec import ITEM_BYTES, FusionSpec
 
 PACKING_FLOPS = 32.0  # what computes as long as one element is packed: 4 bytes at 16 GB/s against 120 GFLOP/s
-# What computes as long as a byte of a map is moved, as for an add. Few filters leave little else to do: without it five
-# sources of 256×256 pixels and one filter ran on one thread and took 1.5 times as long.
+# What computes as long as a byte of a map or of filters is moved, as for an add. Few filters leave little else to do:
+# without it five sources of 256×256 pixels and one filter ran on one thread and took 1.5 times as long, and so does a
+# row of 512 channels with 512 filters where the bytes of filters do not count.
 MOVING_FLOPS = 4.0
 
 
@@ -125,9 +126,10 @@ def prepare(
 
 
 def _flops(spec: FusionSpec) -> float:
-    """What computes as long as the contraction: its products, or moving its maps if that takes longer."""
+    """What computes as long as the contraction: its products, or moving maps and filters if that takes longer."""
     shapes = (*(source.shape for source in spec.sources), spec.out_shape)
-    moved = sum(map(math.prod, shapes)) * ITEM_BYTES[spec.dtype]
+    _, filters, terms = spec.gemm
+    moved = (sum(map(math.prod, shapes)) + filters * terms * spec.conv.groups) * ITEM_BYTES[spec.dtype]
     return max(2.0 * math.prod(spec.gemm) * spec.conv.groups, MOVING_FLOPS * moved)
 
 
