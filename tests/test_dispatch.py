@@ -266,6 +266,7 @@ CHOSEN = [
         lambda: fo.explain(fo.add_conv, [WIDE], WIDE_F[..., :4], strict=True),
         "cpu.add_conv_fprop_dots_f32",
     ),
+    ("one_output", lambda: fo.explain(fo.add_conv, [WIDE[:, :3, :3]], WIDE_F), "cpu.add_conv_fprop_direct_f32"),
     ("few_taps", lambda: fo.explain(fo.add_conv, [DOT], WIDE_F, padding=1), "cpu.add_conv_fprop_direct_f32"),
     ("pointwise", lambda: fo.explain(fo.add_conv, [X, X], ONE), "cpu.add_conv_fprop_gemm_f32"),
     ("pointwise_same", lambda: fo.explain(fo.concat_conv, [X], ONE, padding="same"), "cpu.concat_conv_fprop_gemm_f32"),

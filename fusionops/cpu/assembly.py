@@ -46,7 +46,7 @@ class Segment:
         """The sums, and `ahead` and `near` advanced. Addresses and steps in bytes.
 
         offsets   of each row from a; of the second row where they are even
-        ahead     asked for in L2: a line every second step, which moves it by twice ahead_step
+        ahead     asked for in L2: every second step the lines of two rows of B; it moves by twice ahead_step
         near      asked for in L1: as many bytes as the rows of A have
         """
         b, rows = self.lanes.b, self.rows

@@ -58,12 +58,17 @@ DEPTH_OF_NARROW = 128
 # Where a strict sum has few terms it hardly rounds, and three times its error is what is promised. Relative L2 errors
 # on normal data and on numbers over 6 decades, of 3×3 taps: with 288 terms 2.1 and 2.5 times the strict kernel's, with
 # 144 2.5 and 3.0, with 72 2.9 and 3.6. Filters in sections and of 2×2 taps: with 256 and 288 terms 2.8 to 3.0 and 3.6
-# to 4.0 times, with 512 and 576 2.2 to 2.3 and 2.5 to 2.9. Where most taps fall into the padding, 3 to 6 times.
-# With 16 channels, strides that differ and most sections of one tap or two, up to 4.4 times. More taps than MOST_TAPS
-# leave sums of so many sections that scratch memory does not hold a tile of them, and errors up to 2.5e-6.
+# to 4.0 times, with 512 and 576 2.2 to 2.3 and 2.5 to 2.9. With 16 channels, strides that differ and most sections of
+# one tap or two, up to 4.4 times. More taps than MOST_TAPS leave sums of so many sections that scratch memory does not
+# hold a tile of them, and errors up to 2.5e-6.
 FEWEST_TERMS, FEWEST_TERMS_OF_PARTS, FEWEST_CHANNELS_OF_PARTS = 288, 512, 32
 MOST_TAPS = 11
-FEWEST_TAPS = 0.5
+# Nor does it round much where taps fall into the padding, least where a tile ends at both borders. Of 3×3 taps with a
+# border of 1, maps of 4×4 (0.83 of the taps along an axis are inside) have 2.8 and 3.4 times the error with 288 terms,
+# 2.6 and 3.1 with 1152; maps of 5×5 (0.87) 1.7 and 2.1, of 8×8 2.3 and 2.9. Of 4×4 and 5×5 taps maps of 3×3 (0.67 and
+# 0.6) have 2.8 and 3.5 times, of 4×4 (0.75 and 0.7) 2.2 and 2.7; sections up to 2.9 and 3.4 with 0.43, 2.1 and 2.5
+# with 0.57, and of maps that a few taps reach up to 6.
+FEWEST_TAPS, FEWEST_OF_3_TAPS = 0.71, 0.85
 # Where channels times filters exceed SMALL_FILTERS, images of fewer tiles of outputs are convolved tap by tap. Of the
 # time so, with prepacked filters, Winograd took 0.38 to 0.69 with one tile of 64 to 512 channels and filters, 1.05 to
 # 1.5 with one of 4×4 outputs and 0.45 to 0.8 with one of 3×3 of 512 or 1024 of each, 0.4 to 0.99 there with 4 tiles
@@ -289,7 +294,7 @@ def _fewest(conv: Conv2d) -> tuple[int, int]:
 
 
 def _share_of_taps(spec: FusionSpec) -> float:
-    """How many of all taps fall inside the map."""
+    """How many of all taps fall inside the map, along the axis where fewer do."""
 
     def share(outputs: int, extent: int, before: int, taps: int, stride: int) -> float:
         starts = np.arange(outputs) * stride - before
@@ -298,7 +303,7 @@ def _share_of_taps(spec: FusionSpec) -> float:
 
     (top, _), (left, _) = spec.conv.padding
     stride_h, stride_w = spec.conv.stride
-    return share(spec.P, spec.H, top, spec.conv.R, stride_h) * share(spec.Q, spec.W, left, spec.conv.S, stride_w)
+    return min(share(spec.P, spec.H, top, spec.conv.R, stride_h), share(spec.Q, spec.W, left, spec.conv.S, stride_w))
 
 
 def slow(spec: FusionSpec, device: CpuDevice) -> tuple[str, ...]:
@@ -310,14 +315,15 @@ def slow(spec: FusionSpec, device: CpuDevice) -> tuple[str, ...]:
     if tiles < ENOUGH_TILES and spec.C * conv.K * patches > SMALL_FILTERS:
         few = f"an image has {tiles} tiles of {outputs}x{outputs} outputs"
         return (f"{few}, {ENOUGH_TILES} are worth transforming the filters",)
+    ours: float = patches * points
     if patches > 1 or taps == 2:
         is_near = POINTS * patches * spec.C * conv.K * ITEM <= NEAR_BYTES
         reading = (NEAR_FILTERS_TILES if is_near else FAR_FILTERS_TILES) * device.vector_bytes / VECTOR_BYTES
         transforms = PATCH_FILTERS * -(-spec.C // LINE) * LINE / spec.C  # of whole vectors of channels
-        ours = patches * (points + POINTS * (tiles * transforms / conv.K + reading))
-        gain = conv.R * conv.S * spec.P * spec.Q / ours
-        if gain < LEAST_GAIN:
-            return (f"{patches} patches a tile are estimated to take {1 / gain:.2f} of the time of the taps",)
+        ours += patches * POINTS * (tiles * transforms / conv.K + reading)
+    by_taps = conv.R * conv.S * spec.P * spec.Q
+    if by_taps < LEAST_GAIN * ours:
+        return (f"{patches} patches a tile are estimated to take {ours / by_taps:.2f} of the time of the taps",)
     return ()
 
 
@@ -345,8 +351,12 @@ def _kernel(merge: Merge, dtype: str) -> Kernel:
             reasons.append(
                 f"a sum has {terms} terms of {spec.C} channels, needs {fewest} of {channels} to keep the promised error"
             )
-        elif _share_of_taps(spec) < FEWEST_TAPS:
-            reasons.append("most taps fall into the padding, where a strict sum has few terms to round")
+        share = _share_of_taps(spec)
+        needed = FEWEST_OF_3_TAPS if _is_whole(conv) and taps_of(conv) == 3 else FEWEST_TAPS
+        if share < needed:
+            reasons.append(
+                f"{share:.2f} of the taps along an axis are inside the map, needs {needed} to keep the promised error"
+            )
         if conv.groups != 1:
             reasons.append(f"there are {conv.groups} groups, needs one")
         if spec.strict:

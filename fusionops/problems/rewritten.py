@@ -11,13 +11,13 @@ WINOGRAD: dict[str, Any] = {"strict": False, "algorithms": ("winograd", "direct"
 COMMUTED: dict[str, Any] = {"strict": False, "algorithms": ("commuted", *GEMM)}
 
 REWRITTEN = (
-    *conv_both("winograd_one_tile", 32, 16, H=4, W=4, **WINOGRAD),
+    *conv_both("winograd_one_tile", 32, 16, H=6, W=6, padding=NO_PAD, **WINOGRAD),
     *conv_both("winograd_one_output", 32, 5, H=3, W=3, padding=NO_PAD, **WINOGRAD),
     *conv_both("winograd_tile_plus_one", 33, 33, H=5, W=9, **WINOGRAD),
-    *conv_both("winograd_tile_minus_one", 32, 31, H=7, W=3, **WINOGRAD),
+    *conv_both("winograd_tile_minus_one", 32, 31, H=7, W=11, **WINOGRAD),
     *conv_both("winograd_valid", 34, 20, H=9, W=8, padding=NO_PAD, **WINOGRAD),
     *conv_both("winograd_asymmetric_pad", 32, 10, N=2, H=7, W=9, padding=((1, 0), (0, 2)), **WINOGRAD),
-    *conv_both("winograd_pad_beyond_the_filter", 32, 10, H=9, W=13, padding=((4, 0), (0, 5)), **WINOGRAD),
+    *conv_both("winograd_pad_beyond_the_filter", 32, 10, H=29, W=33, padding=((4, 0), (0, 5)), **WINOGRAD),
     *conv_both("winograd_many_tiles", 32, 9, H=33, W=47, **WINOGRAD),
     *conv_both("winograd_wide_map", 32, 9, H=5, W=211, **WINOGRAD),
     *conv_both("winograd_tall_map", 32, 9, H=211, W=5, **WINOGRAD),
@@ -26,7 +26,7 @@ REWRITTEN = (
     *conv_both("winograd_longest_chunk", 128, 20, H=6, W=5, **WINOGRAD),
     *conv_both("winograd_longest_chunk_plus_one", 129, 20, H=6, W=5, **WINOGRAD),
     *conv_both("winograd_many_channels", 300, 20, H=5, W=5, **WINOGRAD),
-    *conv_both("winograd_many_filters", 32, 600, H=5, W=3, **WINOGRAD),
+    *conv_both("winograd_many_filters", 32, 600, H=5, W=6, **WINOGRAD),
     *conv_both("winograd_whole_blocks", 32, 320, H=6, W=9, residual=Part(320, weight="vector"), **WINOGRAD),
     *conv_both("winograd_without_bias", 32, 10, bias=False, **WINOGRAD),
     *conv_both("winograd_residual", 32, 10, residual=Part(10), activation=RELU, **WINOGRAD),
