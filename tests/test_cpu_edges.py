@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import fusionops as fo
 from fusionops.address import address
-from fusionops.cpu import KERNELS, amx, commuted, device, gemm, jit, outer_task, stream, threads, winograd
+from fusionops.cpu import KERNELS, amx, commuted, device, gemm, jit, outer_products, stream, threads, winograd
 from fusionops.cpu.tiling import (
     MANY_ROUNDS,
     SCRATCH_LIMIT,
@@ -152,7 +152,7 @@ def test_a_field_of_a_record_as_output():
 def test_few_rows_have_the_bits_of_many(op, dtype, filters, kept):
     """Sums of outer products, whichever rows the batch is split into; 611 and 1222 channels are several chunks."""
     rng = np.random.default_rng(6)
-    rows = outer_task.MOST_PIXELS + 1
+    rows = outer_products.MOST_PIXELS + 1
     x, y = (rng.standard_normal((rows, 611)).astype(dtype) for _ in range(2))
     residual = rng.standard_normal((rows, filters)).astype(dtype)
     matrix = rng.standard_normal((611 * (1 if op is fo.add_dense else 2), filters)).astype(dtype)
@@ -165,7 +165,7 @@ def test_few_rows_have_the_bits_of_many(op, dtype, filters, kept):
 
     together = run(slice(None))
     for first in (0, 3):
-        for count in (1, 2, 3, 4, 7, outer_task.MOST_PIXELS - 3):
+        for count in (1, 2, 3, 4, 7, outer_products.MOST_PIXELS - 3):
             part = slice(first, first + count)
             np.testing.assert_array_equal(run(part), together[part])
 
@@ -177,7 +177,7 @@ def test_register_tiles_of_two_heights(layout, channels):
     rng = np.random.default_rng(8)
     filters = rng.integers(-4, 5, (1, 1, channels, 68)).astype(np.float32)  # whole blocks, and a part of one
     bias = rng.integers(-4, 5, 68).astype(np.float32)
-    many = range(outer_task.MOST_PIXELS + 1, outer_task.MOST_PIXELS + 32)
+    many = range(outer_products.MOST_PIXELS + 1, outer_products.MOST_PIXELS + 32)
     for images, pixels in (*((1, count) for count in many), *((30, count) for count in range(1, 8))):
         maps = [rng.integers(-4, 5, (images, 1, pixels, channels)).astype(np.float32) for _ in range(2)]
         maps[1] = maps[1][:, :, :1] if images > 1 else maps[1]  # repeated: then a task has the pixels of one image

@@ -33,11 +33,12 @@ class Segment:
 
     rows, vectors   pixels, and vectors of the processor's own width in a row of B
     even            whether the rows of A lie evenly spaced
+    apart           whether the rows of B do not follow one another, nor those asked for
     """
 
-    def __init__(self, lanes: Lanes, rows: int, vectors: int, *, even: bool) -> None:
+    def __init__(self, lanes: Lanes, rows: int, vectors: int, *, even: bool, apart: bool = False) -> None:
         llvmlite.binding.initialize_native_asmparser()  # which turns text into instructions; cheap when done already
-        self.lanes, self.rows, self.vectors, self.even = lanes, rows, vectors, even
+        self.lanes, self.rows, self.vectors, self.even, self.apart = lanes, rows, vectors, even, apart
 
     def __call__(
         self, sums: Sequence[ir.Value], a: ir.Value, offsets: Sequence[ir.Value] | ir.Value, panel: ir.Value,
@@ -46,11 +47,12 @@ class Segment:
         """The sums, and `ahead` and `near` advanced. Addresses and steps in bytes.
 
         offsets   of each row from a; of the second row where they are even
-        ahead     asked for in L2: every second step the lines of two rows of B; it moves by twice ahead_step
+        ahead     asked for in L2: every second step the lines of two rows of B; it moves by twice ahead_step. Where
+                  rows are apart, every step those of one
         near      asked for in L1: as many bytes as the rows of A have
         """
         b, rows = self.lanes.b, self.rows
-        ahead_step = b.add(ahead_step, ahead_step)
+        ahead_step = ahead_step if self.apart else b.add(ahead_step, ahead_step)
         if self.even:
             anchors = range(0, rows, ANCHOR_ROWS)
             starts = [b.add(a, b.mul(offsets, word(i))) if i else a for i in anchors]
@@ -117,10 +119,12 @@ class Segment:
             lines = [f"prefetcht0 {line}({near})" for line in range(0, n * self.rows * size, VECTOR_BYTES)]
             lines.append(f"addq $${-(-n * self.rows * size // VECTOR_BYTES) * VECTOR_BYTES}, {near}")
             for u in range(n):
-                lines += [f"prefetcht0 {line}({panel},{b_step},{PREFETCH_ROWS})"
-                          for line in range(0, row_bytes, VECTOR_BYTES)]  # fmt: skip
-                if u % 2:
-                    lines += [f"prefetcht1 {line}({ahead})" for line in range(0, 2 * row_bytes, VECTOR_BYTES)]
+                if not self.apart:  # rows apart may fall into a few sets of L1, which do not keep so many for long
+                    lines += [f"prefetcht0 {line}({panel},{b_step},{PREFETCH_ROWS})"
+                              for line in range(0, row_bytes, VECTOR_BYTES)]  # fmt: skip
+                if self.apart or u % 2:
+                    asked = row_bytes if self.apart else 2 * row_bytes
+                    lines += [f"prefetcht1 {line}({ahead})" for line in range(0, asked, VECTOR_BYTES)]
                     lines.append(f"addq {ahead_step}, {ahead}")
                 lines += step(u)
                 lines.append(f"addq {b_step}, {panel}")
